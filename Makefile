@@ -1,0 +1,38 @@
+# `make demo` and `make test` need nothing but python3 and make: they create .venv and install
+# what they need, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-floor bench lint clean
+
+demo: .venv/.demo
+	$(BIN)/python notebooks/demo.py
+
+test: .venv/.tests lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+
+lint: .venv/.tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The same tests on the lowest versions that pyproject.toml allows.
+test-floor: .venv-floor/.tests
+	.venv-floor/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+
+bench: .venv/.tests
+	$(BIN)/python benchmarks/training_step.py
+
+.venv/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[$*]'
+	touch $@
+
+.venv-floor/.tests: pyproject.toml tests/floors.txt
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install -q -e '.[tests]' -c tests/floors.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor build dist *.egg-info

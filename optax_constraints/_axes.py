@@ -1,0 +1,117 @@
+"""What `axis` means for one leaf."""
+
+import operator
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+Axis: TypeAlias = int | Sequence[int] | None | Literal["fan_in"]
+
+_ATTENTION_IN = ("query", "key", "value")
+
+
+def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | None | Literal["fan_in"]:
+    """Returns `axis` in a hashable form, or says why it is none."""
+    wanted = "an int, a tuple or list of ints, None for the whole tensor, or 'fan_in'"
+    if axis is None or axis == "fan_in":
+        return axis  # pyright: ignore[reportReturnType]  # the literal or None
+    if isinstance(axis, str):
+        raise ValueError(f"{owner}: axis={axis!r} is not known; write {wanted}.")
+    if not isinstance(axis, Sequence):
+        return _as_int(owner, axis, wanted)
+    axes = tuple(_as_int(owner, a, wanted) for a in axis)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{owner}: axis={axis!r} names an axis twice; name each axis once.")
+    return axes
+
+
+def _as_int(owner: str, axis: object, wanted: str) -> int:
+    try:
+        if isinstance(axis, bool):
+            raise TypeError
+        return operator.index(axis)  # pyright: ignore[reportArgumentType]  # raises TypeError
+    except TypeError:
+        raise TypeError(f"{owner}: axis={axis!r} is not an axis; write {wanted}.") from None
+
+
+def settle_axis(
+    owner: str, axis: Axis, shape: tuple[int, ...], path: str | None = None
+) -> tuple[int, ...]:
+    """The axes of one leaf, as a sorted tuple of non-negative ints.
+
+    Args:
+        owner: The constraint, as errors name it.
+        axis: The axis as the constraint holds it.
+        shape: Shape of the leaf.
+        path: Path of the leaf, or None for an array without one.
+
+    Returns:
+        The axes along which one unit runs.
+
+    Raises:
+        ValueError: If an axis is out of range, repeated, or cannot be told.
+    """
+    where = f"{owner} on {describe(path, shape)}"
+    if axis is None:
+        return tuple(range(len(shape)))
+    if axis == "fan_in":
+        return _fan_in(where, path, shape)
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    rank = len(shape)
+    if rank == 0 and axes:
+        raise ValueError(
+            f"{where}: a scalar has no axis {axis!r}; write axis=None, or leave it free "
+            "with a rule that maps its path to None."
+        )
+    for a in axes:
+        if not -rank <= a < rank:
+            raise ValueError(
+                f"{where}: axis {a} is out of range; this leaf has the axes "
+                f"{-rank} to {rank - 1}, and None means the whole tensor."
+            )
+    settled = tuple(sorted(a % rank for a in axes))
+    if len(set(settled)) < len(settled):
+        raise ValueError(f"{where}: axis={axis!r} names an axis twice; name each axis once.")
+    return settled
+
+
+def describe(path: str | None, shape: tuple[int, ...]) -> str:
+    """How errors name a leaf: its path, where there is one, and its shape."""
+    return f"{path!r} of shape {shape}" if path else f"an array of shape {shape}"
+
+
+def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a unit's incoming weights, by the names and ranks that layers use."""
+    if path is None:
+        raise ValueError(
+            f"{where}: axis='fan_in' is settled from the path of a leaf, and an array by "
+            "itself has none; write the axes, such as axis=0 for a Dense kernel (in, out)."
+        )
+    *parents, name = path.split("/")
+    parent = parents[-1].lower() if parents else ""
+    rank = len(shape)
+    conv = rank >= 3 and "conv" in parent
+
+    if name in ("bias", "scale", "b", "weight") and rank == 1:
+        return (0,)
+    if name in ("kernel", "w"):
+        if rank == 2 or (rank == 3 and parent in _ATTENTION_IN):
+            return (0,)
+        if rank == 3 and parent == "out":
+            return (0, 1)
+        if conv:
+            return tuple(range(rank - 1))
+    if name in ("embedding", "embeddings") and rank == 2:
+        return (1,)
+    if name == "weight" and (rank == 2 or conv):
+        return tuple(range(1, rank))
+    raise ValueError(
+        f"{where}: axis='fan_in' cannot be told from this name and rank: it may be a "
+        "convolution, a stack of layers, or a layer of your own. Write the axes of one "
+        f"unit's incoming weights, such as axis={_example(rank)}."
+    )
+
+
+def _example(rank: int) -> str:
+    return {0: "None", 1: "0", 2: "0", 3: "(0, 1) for a Conv1D or axis=1 for a stack of Dense"}.get(
+        rank, f"{tuple(range(rank - 1))} for a convolution"
+    )

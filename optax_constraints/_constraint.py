@@ -1,0 +1,612 @@
+"""`Constraint`, and the identifiers and configs by which constraints are named."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_constraints._axes import settle_axis
+
+Projection: TypeAlias = Callable[[jax.Array], jax.Array]
+Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+Number: TypeAlias = jax.typing.ArrayLike | Schedule
+
+
+class Constraint:
+    """A set of allowed arrays, given by the projection onto it.
+
+    A subclass needs only `__call__`. As it stands, `Constraint()` allows everything.
+
+    The library's own sets are frozen dataclasses with a field for each hyperparameter. A
+    subclass that is one, too, gets `get_config`, equality and hashing from its fields (make
+    it with `@dataclasses.dataclass(frozen=True, eq=False)`, so that fields that hold arrays
+    hash by identity), and a field called `axis` is settled leaf by leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> class NonPositive(oc.Constraint):
+        ...     def __call__(self, w):
+        ...         return jnp.minimum(w, 0)
+        >>> NonPositive()(jnp.array([-1.0, 1.0]))
+        Array([-1.,  0.], dtype=float32)
+    """
+
+    elementwise: ClassVar[bool] = False
+    """Whether each entry is projected by itself. If so, `project` corrects the rounding of
+    ``p + update`` entry by entry, and the sum is never outside the set."""
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one array.
+
+        Args:
+            w: The weights, of any shape.
+
+        Returns:
+            The projection, of the shape and dtype of `w`.
+        """
+        return jnp.asarray(w)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as values that JSON can hold."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        name = type(self).__name__
+        return {
+            f.name: _to_json(f"{name}.{f.name}", getattr(self, f.name))
+            for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Makes a constraint from what `get_config` returned.
+
+        Args:
+            config: The constructor's arguments by name.
+
+        Returns:
+            The constraint.
+        """
+        return cls(**config)
+
+    def at(self, step: jax.typing.ArrayLike) -> "Constraint":
+        """This constraint with each schedule replaced by its value.
+
+        Args:
+            step: The step, counted from 0.
+
+        Returns:
+            A constraint without schedules.
+        """
+        values = {
+            f.name: value(step)
+            for f in _number_fields(self)
+            if callable(value := getattr(self, f.name))
+        }
+        return dataclasses.replace(cast(Any, self), **values) if values else self
+
+    def settle(self, path: str, shape: tuple[int, ...]) -> "Constraint":
+        """This constraint with its `axis`, if it has one, as axes of one leaf.
+
+        Args:
+            path: Path of the leaf.
+            shape: Shape of the leaf.
+
+        Returns:
+            A constraint whose `axis` is a tuple of non-negative ints.
+
+        Raises:
+            ValueError: If the leaf does not have that axis, or `"fan_in"` is not certain.
+        """
+        if not _has_axis(self):
+            return self
+        this = cast(Any, self)
+        axis = settle_axis(type(self).__name__, this.axis, shape, path)
+        return dataclasses.replace(this, axis=axis)
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """Which units of an allowed array lie on the boundary of the set.
+
+        Args:
+            w: The weights.
+
+        Returns:
+            One bool a unit, in any shape, or None for a set that does not say.
+        """
+        del w
+        return None
+
+    def update(self, params: jax.Array, updates: jax.Array) -> jax.Array:
+        """The update that takes one leaf to the projection of ``params + updates``.
+
+        Args:
+            params: The weights as they are.
+            updates: The update, of the same shape.
+
+        Returns:
+            ``P(params + updates) - params``, in the wider dtype of the two.
+        """
+        dtype = jnp.promote_types(params.dtype, updates.dtype)
+        target = self(jnp.asarray(params + updates).astype(params.dtype))
+        delta = target.astype(dtype) - params.astype(dtype)
+        if not self.elementwise:
+            return delta
+        # p + (t - p) can round to a neighbour of t that is outside the set. One step of the
+        # update towards the set is enough to bring the sum back in.
+        reached = jnp.asarray(params + delta).astype(params.dtype)
+        allowed = self(reached)
+        towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(dtype)
+        outside = (allowed > reached) | (allowed < reached)
+        return jnp.where(outside, jnp.nextafter(delta, towards), delta)
+
+    def _key(self) -> Hashable:
+        """What equality and hashing compare: the fields, or the object itself."""
+        if not dataclasses.is_dataclass(self):
+            return id(self)
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return type(self), tuple(id(v) if _is_array(v) else v for v in values)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether `other` is the same set with the same hyperparameters."""
+        return isinstance(other, Constraint) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """A hash that agrees with equality; arrays count by identity."""
+        return hash(self._key())
+
+    def __str__(self) -> str:
+        """The name with its hyperparameters, without the axis, as the report shows it."""
+        if not dataclasses.is_dataclass(self):
+            return type(self).__name__
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "axis")
+        return f"{type(self).__name__}({', '.join(map(_short, values))})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FunctionConstraint(Constraint):
+    """A plain function array -> array, where the library needs a `Constraint`."""
+
+    function: Projection
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Calls the function."""
+        return jnp.asarray(self.function(jnp.asarray(w)))
+
+    def __str__(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+Identifier: TypeAlias = Constraint | type | str | Mapping[str, Any] | Projection
+
+
+def number(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field for a number: Python, JAX (also traced), or an Optax schedule.
+
+    Args:
+        default: The field's default value.
+
+    Returns:
+        A dataclass field that `Constraint.at` evaluates at a step.
+    """
+    return dataclasses.field(default=default, metadata={"number": True})
+
+
+def _number_fields(constraint: Constraint) -> list[dataclasses.Field]:
+    if not dataclasses.is_dataclass(constraint):
+        return []
+    return [f for f in dataclasses.fields(constraint) if f.metadata.get("number")]
+
+
+def _has_axis(constraint: Constraint) -> bool:
+    return dataclasses.is_dataclass(constraint) and any(
+        f.name == "axis" for f in dataclasses.fields(constraint)
+    )
+
+
+def check_number(
+    owner: str, name: str, value: Number, low: float = -np.inf, high: float = np.inf
+) -> float | None:
+    """Checks one hyperparameter as far as it is concrete.
+
+    Args:
+        owner: Class name, for the error.
+        name: Name of the hyperparameter.
+        value: A Python number, an array of one number, or a schedule.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+
+    Returns:
+        The value as a float, or None for a schedule or a traced value.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is NaN or out of range.
+    """
+    what = f"{owner}: {name}={value!r}"
+    if isinstance(value, jax.core.Tracer):
+        _check_scalar(what, value)
+        return None
+    if callable(value):
+        return None
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise TypeError(
+            f"{what} is not a number; write a float, a JAX scalar or an Optax schedule."
+        )
+    if _is_array(value):
+        _check_scalar(what, value)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            return None
+    try:
+        concrete = float(cast(Any, value))
+    except OverflowError:
+        raise ValueError(f"{what} is too large for a float.") from None
+    if not low <= concrete <= high:
+        bounds = f"at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{what} is not allowed; write a number {bounds}.")
+    return concrete
+
+
+def _check_scalar(what: str, value: Any) -> None:
+    if value.ndim != 0:
+        raise ValueError(f"{what} has shape {value.shape}; write one number.")
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (np.ndarray, jax.Array))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, jax.core.Tracer):
+        return "traced"
+    if callable(value):
+        return "schedule"
+    if isinstance(value, (int, float, np.number)) or (
+        _is_array(value) and cast(Any, value).ndim == 0
+    ):
+        return f"{float(cast(Any, value)):.4g}"
+    return repr(value)
+
+
+# Identifiers and configs.
+
+_Registrable = TypeVar("_Registrable", bound="type[Constraint] | Projection")
+
+# Every name that `get` and `deserialize` know: the library's own, written once in
+# optax_constraints/__init__.py, and what users register.
+_registry: dict[str, type[Constraint] | Projection] = {}
+_builtin: dict[type, str] = {}
+
+_KERAS_MODULE = "keras.constraints"
+_OWN_MODULE = "optax_constraints"
+_MAX_DEPTH = 32
+
+
+def register_builtin(cls: type[Constraint], *, in_keras: bool = False) -> None:
+    """Enters one of the library's own sets under its name and its snake_case alias."""
+    _registry[cls.__name__] = _registry[snake_case(cls.__name__)] = cls
+    _builtin[cls] = _KERAS_MODULE if in_keras else _OWN_MODULE
+
+
+def is_builtin(constraint: Constraint) -> bool:
+    """Whether a constraint is one of the library's own, whose shapes need no check."""
+    return type(constraint) in _builtin
+
+
+def snake_case(name: str) -> str:
+    """`MaxNorm` -> `max_norm`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@overload
+def register(constraint: _Registrable, *, name: str | None = None) -> _Registrable: ...
+@overload
+def register(*, name: str | None = None) -> Callable[[_Registrable], _Registrable]: ...
+def register(constraint: Any = None, *, name: str | None = None) -> Any:
+    """Gives a constraint class or function of your own a name that configs can use.
+
+    Args:
+        constraint: A subclass of `Constraint`, or a function array -> array. Without it,
+            `register(name=...)` is a decorator.
+        name: The name; by default that of the class or function.
+
+    Returns:
+        What was given, so that `register` decorates.
+
+    Raises:
+        TypeError: If it is neither a class nor a named function.
+        ValueError: If the name is taken by something else.
+
+    Example:
+        >>> import optax_constraints as oc
+        >>> @oc.register
+        ... class NonPositive(oc.Constraint):
+        ...     def __call__(self, w):
+        ...         return w * (w <= 0)
+        >>> oc.get("NonPositive")(-1.0)
+        -1.0
+    """
+    if constraint is None:
+        return lambda given: register(given, name=name)
+    is_class = inspect.isclass(constraint)
+    if not (issubclass(constraint, Constraint) if is_class else inspect.isfunction(constraint)):
+        raise TypeError(
+            f"register takes a subclass of Constraint or a function, not {constraint!r}; "
+            "register the class of an object, not the object."
+        )
+    name = name or constraint.__name__
+    if name == "<lambda>":
+        raise TypeError("A lambda has no name; write register(the_function, name='...').")
+    known = _registry.get(name)
+    if known is not None and _identity(known) != _identity(constraint):
+        raise ValueError(f"The name {name!r} is taken by {known!r}; write register(..., name=...).")
+    _registry[name] = constraint
+    return constraint
+
+
+def _identity(thing: Any) -> tuple[str, str]:
+    """Where a definition stands: run again in a notebook, it is still the same one."""
+    return thing.__module__, thing.__qualname__
+
+
+def get(identifier: Any) -> Any:
+    """Turns an identifier into a constraint.
+
+    Args:
+        identifier: None; a constraint or any callable array -> array; a class, which is
+            called without arguments; a registered name such as `"max_norm"`; or a config,
+            a mapping with the key `class_name`.
+
+    Returns:
+        The constraint or callable, or None for None.
+
+    Raises:
+        ValueError: If it is none of these, or the name is not registered.
+
+    Example:
+        >>> import optax_constraints as oc
+        >>> oc.get("max_norm")
+        MaxNorm(max_value=2, axis=0)
+    """
+    if identifier is None:
+        return None
+    if isinstance(identifier, Mapping):
+        return _deserialize_constraint(identifier)
+    thing = _look_up(identifier) if isinstance(identifier, str) else identifier
+    if inspect.isclass(thing):
+        try:
+            thing = thing()
+        except TypeError as error:
+            raise ValueError(
+                f"Could not interpret constraint identifier: {identifier!r}: {error}. Write "
+                f"an instance, such as {thing.__name__}(...)."
+            ) from error
+    if not callable(thing):
+        raise ValueError(
+            f"Could not interpret constraint identifier: {identifier!r}. Write a constraint "
+            "such as max_norm(2.0), a name such as 'max_norm', a config, or a function "
+            "array -> array."
+        )
+    return thing
+
+
+def _look_up(name: str) -> Any:
+    if name not in _registry:
+        close = difflib.get_close_matches(name, _registry, n=3, cutoff=0.5)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else (f"Known names are {', '.join(sorted(_registry))}.")
+        )
+        raise ValueError(
+            f"Could not interpret constraint identifier: {name!r}. {hint} A class or "
+            "function of your own needs optax_constraints.register first."
+        )
+    return _registry[name]
+
+
+def serialize(thing: Any) -> Any:
+    """The JSON form of a constraint or of whole rules.
+
+    For the classes that Keras has, it is the form that Keras gives, and loads there.
+
+    Args:
+        thing: Anything `get` accepts, or rules: a mapping of patterns, or a sequence of
+            (pattern, constraint) pairs. In rules the order counts: do not sort the keys.
+
+    Returns:
+        None, dicts, lists, strings and numbers.
+
+    Raises:
+        TypeError: If something has no JSON form: a schedule, a traced number, a predicate,
+            a function or class that is not registered.
+
+    Example:
+        >>> import optax_constraints as oc
+        >>> oc.serialize({"kernel": oc.max_norm(2.0), "bias": None})["kernel"]["config"]
+        {'max_value': 2.0, 'axis': 0}
+    """
+    if isinstance(thing, Mapping) and "class_name" not in thing:
+        if all(isinstance(key, str) for key in thing):
+            return {key: serialize(value) for key, value in thing.items()}
+        return serialize(list(thing.items()))
+    if isinstance(thing, Sequence) and not isinstance(thing, str):
+        return [[_serialize_pattern(pattern), serialize(value)] for pattern, value in thing]
+    constraint = get(thing)
+    return None if constraint is None else _serialize_constraint(constraint)
+
+
+def _serialize_pattern(pattern: object) -> Any:
+    if isinstance(pattern, str):
+        return pattern
+    if isinstance(pattern, re.Pattern):
+        return {"regex": pattern.pattern, "flags": pattern.flags}
+    raise TypeError(
+        f"The pattern {pattern!r} has no JSON form; write a string or a compiled regular expression."
+    )
+
+
+def _serialize_constraint(constraint: Any) -> dict[str, Any]:
+    is_function = not isinstance(constraint, Constraint)
+    definition = constraint if is_function else type(constraint)
+    module = None if is_function else _builtin.get(definition)
+    if module is not None:
+        return _config(module, definition.__name__, constraint.get_config(), None)
+    names = [name for name, known in _registry.items() if known is definition]
+    if not names:
+        raise TypeError(
+            f"{constraint!r} has no JSON form, since nothing is registered that could be "
+            "found again under its name; decorate its class or function with "
+            "optax_constraints.register."
+        )
+    if is_function:
+        return _config(_OWN_MODULE, "function", names[0], names[0])
+    return _config(_OWN_MODULE, definition.__name__, constraint.get_config(), names[0])
+
+
+def _config(module: str, class_name: str, config: Any, registered: str | None) -> dict[str, Any]:
+    return {
+        "module": module,
+        "class_name": class_name,
+        "config": config,
+        "registered_name": registered,
+    }
+
+
+def _to_json(what: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_to_json(what, v) for v in value]
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        kind = "a traced value" if isinstance(value, jax.core.Tracer) else "a schedule"
+        raise TypeError(f"{what} is {kind}, which has no JSON form; write a number.")
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return (
+            np.asarray(value).astype(float).tolist()
+            if value.dtype.kind not in "iub"
+            else (np.asarray(value).tolist())
+        )
+    raise TypeError(f"{what}={value!r} has no JSON form; write a number or override get_config.")
+
+
+def deserialize(config: Any) -> Any:
+    """Makes constraints, or whole rules, from their JSON form.
+
+    Names are looked up among the registered ones and nowhere else: nothing that a config
+    names is imported, and no code in it runs, so a config may come from anywhere.
+
+    Args:
+        config: What `serialize` or Keras returned, with `None` for `null`; names in place
+            of configs are fine.
+
+    Returns:
+        A constraint, a function, None, a dict of rules or a list of pairs.
+
+    Raises:
+        ValueError: If a name is unknown or a value is bad.
+        TypeError: If something has the wrong type.
+
+    Example:
+        >>> import optax_constraints as oc
+        >>> oc.deserialize({"class_name": "MaxNorm", "config": {"max_value": 3.0}})
+        MaxNorm(max_value=3.0, axis=0)
+    """
+    return _deserialize(config, 0)
+
+
+def _deserialize(config: Any, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"The config is nested more than {_MAX_DEPTH} levels deep.")
+    if config is None or isinstance(config, str):
+        return get(config)
+    if isinstance(config, Mapping):
+        if "class_name" in config:
+            return _deserialize_constraint(config)
+        for key in config:
+            if not isinstance(key, str):
+                raise TypeError(f"A config of rules has strings as keys, not {key!r}.")
+        return {key: _deserialize(value, depth + 1) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_deserialize_pair(pair, depth) for pair in config]
+    raise TypeError(
+        f"{_clip(config)} is not the config of a constraint or of rules; write what serialize returned."
+    )
+
+
+def _deserialize_pair(pair: Any, depth: int) -> tuple[Any, Any]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise TypeError(f"{_clip(pair)} is not a pair [pattern, constraint].")
+    pattern, value = pair
+    if isinstance(pattern, Mapping):
+        try:
+            pattern = re.compile(pattern["regex"], pattern.get("flags", 0))
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+            raise ValueError(
+                f"{_clip(pattern)} is not a pattern; write a string, or "
+                "{'regex': '...', 'flags': 0}."
+            ) from error
+    elif not isinstance(pattern, str):
+        raise TypeError(f"{_clip(pattern)} is not a pattern; write a string.")
+    return pattern, _deserialize(value, depth + 1)
+
+
+def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
+    class_name = config.get("class_name")
+    registered = config.get("registered_name")
+    arguments = config.get("config")
+    for name in (class_name, registered):
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"The config {_clip(config)} has a class_name that is not a string.")
+    if class_name is None:
+        raise ValueError(
+            f"{_clip(config)} is not a config: it has no key 'class_name'. Rules by pattern go "
+            "to the verbs, such as project, not to get."
+        )
+    if class_name == "function":
+        if not isinstance(arguments, str):
+            raise TypeError(f"The config {_clip(config)} names no registered function.")
+        return _look_up(arguments)
+    cls = _look_up(registered if registered in _registry else class_name)
+    if not inspect.isclass(cls):
+        return cls
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+        raise TypeError(f"{class_name}: config={_clip(arguments)} is not a mapping of arguments.")
+    plain = {key: _untuple(value) for key, value in arguments.items()}
+    try:
+        inspect.signature(cls).bind(**plain)
+    except TypeError as error:
+        # A class with a from_config of its own may take other keys than its constructor.
+        if cls.from_config.__func__ is Constraint.from_config.__func__:
+            wanted = ", ".join(inspect.signature(cls).parameters) or "none"
+            raise ValueError(
+                f"{class_name}: the config {_clip(dict(arguments))} does not fit: {error}. "
+                f"Its arguments are: {wanted}."
+            ) from error
+    return cls.from_config(plain)
+
+
+def _untuple(value: Any) -> Any:
+    """Reads the form in which Keras writes a tuple."""
+    if isinstance(value, Mapping) and value.get("class_name") == "__tuple__":
+        return tuple(value.get("items") or ())
+    return value
+
+
+def _clip(value: object) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:197]}..."

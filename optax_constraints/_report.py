@@ -1,0 +1,165 @@
+"""The table for people."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_constraints._constraint import Constraint
+from optax_constraints._project import distance
+from optax_constraints._rules import Binder, Rules
+
+_WIDTH = 100
+_HEADER = ("path", "shape", "dtype", "constraint", "axis", "units", "at bound", "outside")
+_RIGHT = {"units", "at bound", "outside"}
+_ELLIPSIS = "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of a report. Fields that do not apply are None."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    constraint: str | None
+    """The constraint with its numbers at the step of the report; None for a free leaf."""
+    axis: tuple[int, ...] | None
+    """The axes along which one unit runs, for a constraint that has any."""
+    units: int | None
+    """How many parts of the leaf are constrained each by itself."""
+    at_bound: int | None
+    """How many of them lie on the boundary of their set."""
+    outside: float | None
+    """Euclidean distance of the leaf to its set."""
+
+    def _cells(self) -> tuple[str, ...]:
+        def text(value: object) -> str:
+            return "-" if value is None else f"{value:,}"
+
+        axis = None if self.axis is None else ",".join(map(str, self.axis))
+        return (
+            self.path or "(root)",
+            "x".join(map(str, self.shape)) or "scalar",
+            self.dtype,
+            self.constraint or "free",
+            "-" if axis is None else axis or "none",
+            text(self.units),
+            text(self.at_bound),
+            "-" if self.outside is None else f"{self.outside:.3g}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `report` returns: a table that prints, and its rows as data."""
+
+    rows: tuple[Row, ...]
+    """One row per array of the tree, in its order."""
+
+    def __str__(self) -> str:
+        """The table, at most 100 columns wide."""
+        if not self.rows:
+            return "no leaves"
+        table = [_HEADER, *(row._cells() for row in self.rows)]
+        widths = _fit([max(map(len, column)) for column in zip(*table, strict=True)])
+        lines = ["  ".join(map(_cell, cells, widths, _HEADER)).rstrip() for cells in table]
+        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        constrained = [row for row in self.rows if row.constraint is not None]
+        parts = [f"{len(constrained)} of {len(self.rows)} leaves constrained"]
+        if any(row.units is not None for row in constrained):
+            units = sum(row.units or 0 for row in constrained)
+            parts.append(
+                f"{sum(row.at_bound or 0 for row in constrained):,} of {units:,} units at their bound"
+            )
+        if constrained:
+            # NaN is the worst there is, and max() alone would pass over it.
+            worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
+            parts.append(
+                f"furthest outside: {worst.outside:.3g} ({worst.path or '(root)'})"
+                if worst.outside
+                else "none outside"
+            )
+        return "; ".join(parts)
+
+
+def report(
+    params: Any, rules: Rules, *, step: jax.typing.ArrayLike = 0, strict: bool = True
+) -> Report:
+    """A table of every leaf: its constraint, how hard that binds, and whether it holds.
+
+    Reads the weights back from the device: call it outside `jax.jit`. To log from inside,
+    use `violations`.
+
+    Args:
+        params: Any tree of arrays.
+        rules: As for `project`.
+        step: What schedules see.
+        strict: As for `project`.
+
+    Returns:
+        The report; print it, or read its `rows`.
+
+    Raises:
+        TypeError: If a rule names a leaf that is not floating-point.
+        ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+        >>> print(oc.report(params, {"kernel": oc.max_norm(2.0)}))
+        path    shape  dtype    constraint    axis  units  at bound  outside
+        --------------------------------------------------------------------
+        bias    3      float32  free          -         -         -        -
+        kernel  4x3    float32  MaxNorm(2)  0         3         3        0
+        1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
+    """
+    bound = Binder(rules, strict=strict)(params)
+    return Report(
+        tuple(
+            _row(leaf_bound.path, jnp.asarray(leaf), leaf_bound.at(step))
+            for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True)
+            if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
+        )
+    )
+
+
+def _row(path: str, leaf: jax.Array, constraint: Constraint | None) -> Row:
+    shape, dtype = leaf.shape, str(leaf.dtype)
+    if constraint is None:
+        return Row(path, shape, dtype, None, None, None, None, None)
+    at_bound = constraint.on_bound(constraint(leaf))
+    return Row(
+        path,
+        shape,
+        dtype,
+        str(constraint),
+        getattr(constraint, "axis", None),
+        None if at_bound is None else at_bound.size,
+        None if at_bound is None else int(at_bound.sum()),
+        float(distance(leaf, constraint)),
+    )
+
+
+def _fit(widths: list[int]) -> list[int]:
+    """Takes from the path and the constraint what does not fit in the width of a page."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
+    path, constraint = _HEADER.index("path"), _HEADER.index("constraint")
+    for column, least in ((path, 28), (constraint, 12), (path, 12)):
+        taken = max(0, min(excess, widths[column] - least))
+        widths[column] -= taken
+        excess -= taken
+    return widths
+
+
+def _cell(text: str, width: int, column: str) -> str:
+    if len(text) > width:
+        # The end of a path tells leaves apart, the beginning of anything else.
+        kept = width - len(_ELLIPSIS)
+        text = _ELLIPSIS + text[-kept:] if column == "path" else text[:kept] + _ELLIPSIS
+    return text.rjust(width) if column in _RIGHT else text.ljust(width)

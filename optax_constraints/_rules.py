@@ -1,0 +1,335 @@
+"""Rules: patterns of paths -> one bound constraint per leaf."""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
+
+from optax_constraints._axes import describe
+from optax_constraints._constraint import (
+    Constraint,
+    FunctionConstraint,
+    Identifier,
+    get,
+    is_builtin,
+)
+
+Predicate: TypeAlias = Callable[[str, Any], bool]
+Pattern: TypeAlias = str | re.Pattern[str] | Predicate
+Rules: TypeAlias = (
+    Identifier | None | Mapping[str, Any] | Mapping[Pattern, Any] | Sequence[tuple[Pattern, Any]]
+)
+
+
+class Rule(NamedTuple):
+    """One pattern and what it assigns. A bare constraint is a rule without a pattern."""
+
+    pattern: Pattern | None
+    constraint: Constraint | None
+
+    def matches(self, path: str, leaf: Any) -> bool:
+        """Whether the rule names this leaf."""
+        if self.pattern is None:
+            return _is_floating(leaf)
+        if isinstance(self.pattern, str):
+            return _glob(self.pattern, path)
+        if isinstance(self.pattern, re.Pattern):
+            return self.pattern.fullmatch(path) is not None
+        return bool(self.pattern(path, leaf))
+
+    def __str__(self) -> str:
+        """The pattern, as errors name it."""
+        if isinstance(self.pattern, re.Pattern):
+            return f"re.compile({self.pattern.pattern!r})"
+        return repr(self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A leaf's path, with its constraint, axes settled, or None for a leaf that is free."""
+
+    path: str
+    constraint: Constraint | None
+
+    def at(self, step: jax.typing.ArrayLike) -> Constraint | None:
+        """The constraint with its schedules evaluated at a step."""
+        return None if self.constraint is None else self.constraint.at(step)
+
+
+class Binder:
+    """Parsed rules that bind to trees, and remember the trees they were bound to."""
+
+    def __init__(self, rules: Rules, *, strict: bool = True):
+        self._rules = parse(rules)
+        self._strict = strict
+        self._cache: dict[Any, list[Bound]] = {}
+
+    def __call__(self, tree: Any) -> list[Bound]:
+        """Binds the rules to the leaves of a tree, in the order of `jax.tree.leaves`.
+
+        Args:
+            tree: Parameters; arrays may be abstract.
+
+        Returns:
+            One `Bound` per leaf.
+
+        Raises:
+            ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
+            TypeError: If a rule names a leaf that is not floating-point.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        try:
+            key = (treedef, tuple(map(_shape_and_dtype, leaves)))
+            if key in self._cache:
+                return self._cache[key]
+        except TypeError:  # A tree whose static parts do not hash is bound each time.
+            key = None
+        bound = self._bind(tree)
+        if key is not None:
+            self._cache[key] = bound
+        return bound
+
+    def _bind(self, tree: Any) -> list[Bound]:
+        leaves = [
+            (path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        ]
+        _check_not_flattened(leaves)
+        winners = []
+        matched, won = set(), set()
+        for path, leaf in leaves:
+            matching = [i for i, rule in enumerate(self._rules) if rule.matches(path, leaf)]
+            matched.update(matching)
+            won.update(matching[:1])
+            winners.append(self._rules[matching[0]] if matching else None)
+        if self._strict and leaves:
+            self._check_all_used([path for path, _ in leaves], matched, won)
+        checked: set[Any] = set()
+        return [
+            Bound(path, rule and _settle(rule, path, leaf, checked))
+            for (path, leaf), rule in zip(leaves, winners, strict=True)
+        ]
+
+    def _check_all_used(self, paths: list[str], matched: set[int], won: set[int]) -> None:
+        for i, rule in enumerate(self._rules):
+            if rule.pattern is None:
+                continue
+            if i not in matched:
+                raise ValueError(_unmatched(rule, paths))
+            if i not in won:
+                warnings.warn(
+                    f"The rule {rule} does nothing: an earlier rule matches each of its leaves "
+                    "first. Put the more specific rule first.",
+                    stacklevel=5,
+                )
+
+
+def parse(rules: Rules) -> list[Rule]:
+    """Turns any form of rules into a list of `Rule`, in order.
+
+    Args:
+        rules: A bare constraint, a mapping or a sequence of pairs.
+
+    Returns:
+        The rules.
+
+    Raises:
+        TypeError: If a pattern is no string, regular expression or predicate.
+        ValueError: If a value is no constraint, identifier or None.
+    """
+    if isinstance(rules, Mapping) and "class_name" not in rules:
+        return _parse_pairs(list(rules.items()), "")
+    if isinstance(rules, Sequence) and not isinstance(rules, str):
+        for pair in rules:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(
+                    f"Rules in a sequence are pairs (pattern, constraint), and {pair!r} is none."
+                )
+        return _parse_pairs(list(rules), "")
+    constraint = _as_constraint(rules)
+    return [] if constraint is None else [Rule(None, constraint)]
+
+
+def _parse_pairs(pairs: list[Any], prefix: str) -> list[Rule]:
+    rules = []
+    for pattern, value in pairs:
+        if prefix and not isinstance(pattern, str):
+            raise TypeError(
+                f"In the nested rules under {prefix!r} the key {pattern!r} is not a string; "
+                "give regular expressions and predicates at the top level, as pairs."
+            )
+        if isinstance(pattern, str):
+            if prefix and pattern.startswith("/"):
+                raise ValueError(
+                    f"In the nested rules under {prefix!r} the key {pattern!r} is anchored at "
+                    "the root; leave out its leading '/'."
+                )
+            pattern = f"{prefix}/{pattern}" if prefix else pattern
+            if not pattern.strip("/"):
+                raise ValueError(f"The pattern {pattern!r} is empty; write '**' for every leaf.")
+        elif isinstance(pattern, re.Pattern):
+            if not isinstance(pattern.pattern, str):
+                raise TypeError(f"The pattern {pattern!r} matches bytes; compile it from a str.")
+        elif not callable(pattern) or isinstance(pattern, (type, Constraint)):
+            raise TypeError(
+                f"The pattern {pattern!r} is not a string, a compiled regular expression or "
+                "a predicate (path, leaf) -> bool."
+            )
+        if isinstance(value, Mapping) and "class_name" not in value:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"The rule {pattern!r} holds nested rules, which need a string as their key."
+                )
+            rules += _parse_pairs(list(value.items()), pattern)
+        else:
+            rules.append(Rule(pattern, _as_constraint(value, Rule(pattern, None))))
+    return rules
+
+
+def _as_constraint(value: Any, rule: Rule | None = None) -> Constraint | None:
+    try:
+        thing = get(value)
+    except (TypeError, ValueError) as error:
+        where = f"In the rule {rule}: " if rule else ""
+        raise type(error)(f"{where}{error}") from error
+    if thing is None or isinstance(thing, Constraint):
+        return thing
+    return FunctionConstraint(thing)
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """A leaf's path: its keys joined by "/".
+
+    The attribute `value` under which Flax's variables and boxes hold their array is left
+    out; a dict key of that name is not.
+    """
+    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def _glob(pattern: str, path: str) -> bool:
+    """Whether a pattern matches whole segments at the end of a path."""
+    segments = pattern.strip("/").split("/")
+    if not pattern.startswith("/"):
+        segments = ["**", *segments]
+    return _match_segments(segments, path.split("/") if path else [])
+
+
+def _match_segments(pattern: list[str], path: list[str]) -> bool:
+    # reachable[j]: the pattern read so far matches the first j segments of the path.
+    reachable = [True] + [False] * len(path)
+    for segment in pattern:
+        if segment == "**":
+            first = reachable.index(True) if True in reachable else len(reachable)
+            reachable = [j >= first for j in range(len(reachable))]
+        else:
+            reachable = [False] + [
+                reachable[j] and fnmatch.fnmatchcase(path[j], segment) for j in range(len(path))
+            ]
+    return reachable[-1]
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
+    """Shape and dtype of an array, an abstract array or a Python number; else None."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return tuple(leaf.shape), leaf.dtype
+    if isinstance(leaf, (bool, int, float, complex)):
+        return (), jnp.result_type(leaf)
+    return None
+
+
+def _is_floating(leaf: Any) -> bool:
+    known = _shape_and_dtype(leaf)
+    return known is not None and jnp.issubdtype(known[1], jnp.floating)
+
+
+def _settle(rule: Rule, path: str, leaf: Any, checked: set[Any]) -> Constraint | None:
+    if rule.constraint is None:
+        return None
+    known = _shape_and_dtype(leaf)
+    if known is None or not jnp.issubdtype(known[1], jnp.floating):
+        what = type(leaf).__name__ if known is None else f"{describe(path, known[0])}, {known[1]}"
+        raise TypeError(
+            f"The rule {rule} names {path!r} ({what}), and only floating-point arrays can be "
+            f"constrained; leave it free with an earlier rule {path!r}: None."
+        )
+    shape, dtype = known
+    constraint = rule.constraint.settle(path, shape)
+    if not is_builtin(constraint) and (constraint, shape, dtype) not in checked:
+        checked.add((constraint, shape, dtype))
+        _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))
+    return constraint
+
+
+def _check_keeps_shape(constraint: Constraint, path: str, leaf: jax.ShapeDtypeStruct) -> None:
+    try:
+        out = jax.eval_shape(constraint.at(0), leaf)
+    except Exception as error:
+        error.add_note(
+            f"This happened in the constraint {constraint} on {describe(path, leaf.shape)}."
+        )
+        raise
+    where = f"The constraint {constraint} on {describe(path, leaf.shape)}"
+    known = _shape_and_dtype(out)
+    if known is None:
+        raise TypeError(f"{where} returned a {type(out).__name__}; return one array.")
+    if known[0] != leaf.shape:
+        raise ValueError(
+            f"{where} returned shape {known[0]}; a constraint keeps the shape, so return "
+            f"an array of shape {leaf.shape}."
+        )
+    if known[1] != leaf.dtype:
+        raise TypeError(
+            f"{where} returned {known[1]} for {leaf.dtype}; a constraint keeps the dtype, so "
+            "return result.astype(w.dtype)."
+        )
+
+
+def _unmatched(rule: Rule, paths: list[str]) -> str:
+    text = f"The rule {rule} matches no leaf"
+    if paths == [""]:
+        return (
+            f"{text}: the parameters are one array without a path. Give a constraint without "
+            "a pattern, or, if optax.flatten made that array, take flatten out of the way."
+        )
+    if isinstance(rule.pattern, str):
+        depth = rule.pattern.strip("/").count("/") + 1
+        tail = {path: "/".join(path.split("/")[-depth:]) for path in paths}
+        key = rule.pattern.strip("/")
+        ranked = sorted(paths, key=lambda p: -difflib.SequenceMatcher(None, key, tail[p]).ratio())
+    else:
+        ranked = paths
+    shown = ", ".join(map(repr, ranked[:5]))
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return (
+        f"{text} of the {len(paths)} in this tree. The closest paths are {shown}{more}. Write "
+        "the end of a path, in whole segments; or pass strict=False if this tree is only a "
+        "part of the model."
+    )
+
+
+def _check_not_flattened(leaves: list[tuple[str, Any]]) -> None:
+    """Raises if `optax.flatten` made one vector of all the parameters.
+
+    From inside, that vector looks like a model with a single vector of weights, and a
+    norm over it would be taken without complaint. So the caller is looked up.
+    """
+    if len(leaves) != 1 or leaves[0][0] or getattr(leaves[0][1], "ndim", 0) != 1:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("optax.") and frame.f_code.co_qualname.startswith("flatten.<locals>"):
+            raise ValueError(
+                "optax.flatten hands the parameters on as one vector, in which paths and axes "
+                "are lost. Put project outside it: chain(flatten(optimizer), project(rules))."
+            )
+        frame = frame.f_back
