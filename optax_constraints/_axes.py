@@ -4,12 +4,12 @@ import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-Axis: TypeAlias = int | Sequence[int] | None | Literal["fan_in"]
+Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
 
 _ATTENTION_IN = ("query", "key", "value")
 
 
-def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | None | Literal["fan_in"]:
+def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | Literal["fan_in"] | None:
     """Returns `axis` in a hashable form, or says why it is none."""
     wanted = "an int, a tuple or list of ints, None for the whole tensor, or 'fan_in'"
     if axis is None or axis == "fan_in":

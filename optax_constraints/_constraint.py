@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_constraints._axes import settle_axis
 
@@ -230,7 +231,7 @@ def check_number(
         ValueError: If it is NaN or out of range.
     """
     what = f"{owner}: {name}={value!r}"
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         _check_scalar(what, value)
         return None
     if callable(value):
@@ -267,7 +268,7 @@ def _is_array(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return "traced"
     if callable(value):
         return "schedule"
@@ -344,13 +345,13 @@ def register(constraint: Any = None, *, name: str | None = None) -> Any:
             f"register takes a subclass of Constraint or a function, not {constraint!r}; "
             "register the class of an object, not the object."
         )
-    name = name or constraint.__name__
-    if name == "<lambda>":
+    key: str = name or constraint.__name__
+    if key == "<lambda>":
         raise TypeError("A lambda has no name; write register(the_function, name='...').")
-    known = _registry.get(name)
+    known = _registry.get(key)
     if known is not None and _identity(known) != _identity(constraint):
-        raise ValueError(f"The name {name!r} is taken by {known!r}; write register(..., name=...).")
-    _registry[name] = constraint
+        raise ValueError(f"The name {key!r} is taken by {known!r}; write register(..., name=...).")
+    _registry[key] = constraint
     return constraint
 
 
@@ -452,7 +453,8 @@ def _serialize_pattern(pattern: object) -> Any:
     if isinstance(pattern, re.Pattern):
         return {"regex": pattern.pattern, "flags": pattern.flags}
     raise TypeError(
-        f"The pattern {pattern!r} has no JSON form; write a string or a compiled regular expression."
+        f"The pattern {pattern!r} has no JSON form; write a string or a compiled regular "
+        "expression."
     )
 
 
@@ -488,8 +490,8 @@ def _to_json(what: str, value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return [_to_json(what, v) for v in value]
-    if isinstance(value, jax.core.Tracer) or callable(value):
-        kind = "a traced value" if isinstance(value, jax.core.Tracer) else "a schedule"
+    if isinstance(value, Tracer) or callable(value):
+        kind = "a traced value" if isinstance(value, Tracer) else "a schedule"
         raise TypeError(f"{what} is {kind}, which has no JSON form; write a number.")
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return (
@@ -540,7 +542,8 @@ def _deserialize(config: Any, depth: int) -> Any:
     if isinstance(config, list):
         return [_deserialize_pair(pair, depth) for pair in config]
     raise TypeError(
-        f"{_clip(config)} is not the config of a constraint or of rules; write what serialize returned."
+        f"{_clip(config)} is not the config of a constraint or of rules; write what "
+        "serialize returned."
     )
 
 
@@ -577,9 +580,10 @@ def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
         if not isinstance(arguments, str):
             raise TypeError(f"The config {_clip(config)} names no registered function.")
         return _look_up(arguments)
-    cls = _look_up(registered if registered in _registry else class_name)
-    if not inspect.isclass(cls):
-        return cls
+    thing = _look_up(registered if registered in _registry else class_name)
+    if not inspect.isclass(thing):
+        return thing
+    cls = cast(type[Constraint], thing)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
         raise TypeError(f"{class_name}: config={_clip(arguments)} is not a mapping of arguments.")

@@ -14,7 +14,8 @@ from optax_constraints._rules import Binder, Rules
 class ProjectState(NamedTuple):
     """State of `project`: an ordinary pytree."""
 
-    count: jax.Array
+    # Optax' own name for it, though tuples have a method of that name.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     """How many updates there have been, an int32 scalar; schedules see it."""
 
 
@@ -66,20 +67,19 @@ def project(
         return ProjectState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Any, state: ProjectState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ProjectState]:
         del extra_args
         if params is None:
             raise ValueError("project needs the parameters; write tx.update(grads, state, params).")
         leaves, treedef = jax.tree.flatten(params)
-        # An update may be None where its parameter is frozen.
         given = treedef.flatten_up_to(updates)
         bound = bind(params)
 
         def projected(given: list[Any]) -> list[Any]:
             return [
                 u
-                if (constraint := leaf_bound.at(state.count)) is None or u is None
+                if (constraint := leaf_bound.at(state.count)) is None or _is_absent(u)
                 else constraint.update(jnp.asarray(p), jnp.asarray(u))
                 for leaf_bound, p, u in zip(bound, leaves, given, strict=True)
             ]
@@ -87,19 +87,23 @@ def project(
         if every == 1:
             new = projected(given)
         else:
-            dtypes = [None if u is None else u.dtype for u in jax.eval_shape(projected, given)]
+            # Both branches give the dtypes that a projection would.
+            like = jax.eval_shape(projected, given)
             new = jax.lax.cond(
                 (state.count + 1) % every == 0,
                 projected,
-                lambda given: [
-                    None if u is None else jnp.asarray(u).astype(dtype)
-                    for u, dtype in zip(given, dtypes, strict=True)
-                ],
+                lambda given: jax.tree.map(lambda u, t: u.astype(t.dtype), given, like),
                 given,
             )
-        return treedef.unflatten(new), ProjectState(optax.safe_increment(state.count))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return treedef.unflatten(new), ProjectState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_absent(update: Any) -> bool:
+    """Whether a leaf gets no update: a frozen one, or one that `optax.masked` took out."""
+    return update is None or isinstance(update, optax.MaskedNode)
 
 
 def _check_every(every: int) -> int:

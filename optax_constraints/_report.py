@@ -30,7 +30,7 @@ class Row:
     units: int | None
     """How many parts of the leaf are constrained each by itself."""
     at_bound: int | None
-    """How many of them lie on the boundary of their set."""
+    """How many of them lie on the boundary of their set, once projected."""
     outside: float | None
     """Euclidean distance of the leaf to its set."""
 
@@ -73,9 +73,8 @@ class Report:
         parts = [f"{len(constrained)} of {len(self.rows)} leaves constrained"]
         if any(row.units is not None for row in constrained):
             units = sum(row.units or 0 for row in constrained)
-            parts.append(
-                f"{sum(row.at_bound or 0 for row in constrained):,} of {units:,} units at their bound"
-            )
+            at_bound = sum(row.at_bound or 0 for row in constrained)
+            parts.append(f"{at_bound:,} of {units:,} units at their bound")
         if constrained:
             # NaN is the worst there is, and max() alone would pass over it.
             worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
@@ -113,9 +112,9 @@ def report(
         >>> import optax_constraints as oc
         >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
         >>> print(oc.report(params, {"kernel": oc.max_norm(2.0)}))
-        path    shape  dtype    constraint    axis  units  at bound  outside
-        --------------------------------------------------------------------
-        bias    3      float32  free          -         -         -        -
+        path    shape  dtype    constraint  axis  units  at bound  outside
+        ------------------------------------------------------------------
+        bias    3      float32  free        -         -         -        -
         kernel  4x3    float32  MaxNorm(2)  0         3         3        0
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from optax_constraints._constraint import (
 Predicate: TypeAlias = Callable[[str, Any], bool]
 Pattern: TypeAlias = str | re.Pattern[str] | Predicate
 Rules: TypeAlias = (
-    Identifier | None | Mapping[str, Any] | Mapping[Pattern, Any] | Sequence[tuple[Pattern, Any]]
+    Identifier | Mapping[str, Any] | Mapping[Pattern, Any] | Sequence[tuple[Pattern, Any]] | None
 )
 
 
@@ -182,14 +182,15 @@ def _parse_pairs(pairs: list[Any], prefix: str) -> list[Rule]:
                 f"The pattern {pattern!r} is not a string, a compiled regular expression or "
                 "a predicate (path, leaf) -> bool."
             )
+        rule = Rule(cast(Pattern, pattern), None)
         if isinstance(value, Mapping) and "class_name" not in value:
             if not isinstance(pattern, str):
                 raise TypeError(
-                    f"The rule {pattern!r} holds nested rules, which need a string as their key."
+                    f"The rule {rule} holds nested rules, which need a string as their key."
                 )
             rules += _parse_pairs(list(value.items()), pattern)
         else:
-            rules.append(Rule(pattern, _as_constraint(value, Rule(pattern, None))))
+            rules.append(rule._replace(constraint=_as_constraint(value, rule)))
     return rules
 
 

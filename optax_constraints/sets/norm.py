@@ -57,12 +57,16 @@ def _at_most(norm: jax.Array, bound: Number) -> jax.Array:
     return 1 / jnp.maximum(norm / bound, 1)
 
 
+def _is_zero(norm: jax.Array) -> jax.Array:
+    """Whether a unit counts as zero: its norm is subnormal, and has no inverse."""
+    return norm < jnp.finfo(norm.dtype).tiny
+
+
 def _at_least(norm: jax.Array, bound: Number) -> jax.Array:
     """The factor that takes `norm` up to `bound`; a unit of zeros has no direction: 1."""
-    tiny = jnp.finfo(norm.dtype).tiny
-    bound = jnp.maximum(jnp.asarray(bound, norm.dtype), tiny)
-    norm = jnp.where(norm == 0, bound, norm)
-    return 1 / jnp.maximum(jnp.minimum(norm / bound, 1), tiny)
+    zero = _is_zero(norm)
+    bound = jnp.asarray(bound, norm.dtype)
+    return jnp.where(zero, 1, jnp.maximum(bound / jnp.where(zero, 1, norm), 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,7 +221,7 @@ class UnitNorm(_NormSet):
         # Only the value snaps to 1: the derivative at a unit vector is that of w / ||w||.
         error = jnp.where(jnp.abs(norm - 1) <= 4 * jnp.finfo(norm.dtype).eps, 1 - norm, 0)
         norm = norm + jax.lax.stop_gradient(error)
-        return 1 / jnp.where(norm == 0, 1, norm)
+        return 1 / jnp.where(_is_zero(norm), 1, norm)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
