@@ -27,37 +27,30 @@ def sum_of_squares(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=axis, keepdims=True)
 
 
-def _three_range_norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
-    """A norm that neither overflows nor underflows, from three sums of squares.
+def _three_range_norm(x: jax.Array, squares: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+    """The norm where the sum of squares left its safe range, by sums over scaled entries.
 
     J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
-    ACM TOMS 4(1), 1978, without its branches: the sums share one pass where XLA fuses
-    sibling reductions, and powers of two scale exactly.
+    ACM TOMS 4(1), 1978, without its branches. Powers of two scale exactly.
     """
-    info = jnp.finfo(x.dtype)
-    exponent = 3 * int(info.maxexp) // 4
+    exponent = 3 * int(jnp.finfo(x.dtype).maxexp) // 4
     down, up = 2.0**-exponent, 2.0**exponent
-    middle = sum_of_squares(x, axis)
     huge = jnp.sqrt(sum_of_squares(x * down, axis)) * up
-    small = jnp.sqrt(sum_of_squares(x * up, axis)) * down
-    norm = jnp.where(middle < jnp.inf, jnp.sqrt(middle), huge)
-    return jnp.where(middle < _underflow_threshold(x.dtype), small, norm)
+    tiny = jnp.sqrt(sum_of_squares(x * up, axis)) * down
+    norm = jnp.where(squares == jnp.inf, huge, jnp.sqrt(squares))
+    return jnp.where(_may_have_underflowed(squares), tiny, norm)
 
 
-def _underflow_threshold(dtype: jnp.dtype) -> float:
-    """Sums of squares below this may have lost terms to underflow."""
-    return 2.0 ** (-5 * int(jnp.finfo(dtype).maxexp) // 8)
+def _may_have_underflowed(squares: jax.Array) -> jax.Array:
+    return squares < 2.0 ** (-5 * int(jnp.finfo(squares.dtype).maxexp) // 8)
 
 
-def _fallback_norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
-    """The plain norm, with the second pass taken only when a sum left the safe range."""
-    squares = sum_of_squares(x, axis)
-    threshold = _underflow_threshold(x.dtype)
-    safe = jnp.all((squares >= threshold) & (squares < jnp.inf))
+def _fallback_norm(x: jax.Array, squares: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+    """The same, with the scaled sums taken only when there is a unit that needs them."""
     return lax.cond(
-        safe,
+        jnp.any((squares == jnp.inf) | _may_have_underflowed(squares)),
+        functools.partial(_three_range_norm, axis=axis),
         lambda x, squares: jnp.sqrt(squares),
-        lambda x, squares: _three_range_norm(x, axis),
         x,
         squares,
     )
@@ -68,9 +61,10 @@ def norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
     """Euclidean norm along `axis`, kept as axes of length 1.
 
     Right from the smallest normal number to the largest, and differentiable at zero
-    (with derivative 0 there). One pass over `x` on every backend: the CPU takes a second
-    one only when a sum of squares overflowed or may have underflowed, which on an
-    accelerator would mean a round trip to the host, so there three sums are taken at once.
+    (with derivative 0 there). One pass over `x`: on the CPU the scaled sums, which XLA does
+    not fuse with the plain one there, are under a condition; on an accelerator, where a
+    condition can cost a round trip to the host and sibling sums share their pass, all
+    three are taken at once.
 
     Args:
         x: Array in float32 or float64.
@@ -81,6 +75,7 @@ def norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
     """
     return lax.platform_dependent(
         x,
+        sum_of_squares(x, axis),
         cpu=functools.partial(_fallback_norm, axis=axis),
         default=functools.partial(_three_range_norm, axis=axis),
     )

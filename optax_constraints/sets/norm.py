@@ -1,7 +1,8 @@
 """Sets that bound the Euclidean norm of each unit: one slice of the weights along `axis`.
 
 Every projection here multiplies a unit by one number, which is exactly 1 where the unit is
-allowed: such a unit comes back bit for bit, in every dtype.
+allowed: such a unit comes back bit for bit, in every dtype. A norm that passes its bound only
+by the rounding of its own sum (4 machine epsilons of the dtype it was taken in) is allowed.
 """
 
 import dataclasses
@@ -47,14 +48,20 @@ class _NormSet(Constraint):
         return (wide * self._scale(_numerics.norm(wide, axis))).astype(w.dtype)
 
 
+def _tolerance(norm: jax.Array) -> float:
+    """The rounding of a sum of squares: a norm that is this near to a bound is at it."""
+    return 4 * _numerics.eps(norm.dtype)
+
+
 def _at_most(norm: jax.Array, bound: Number) -> jax.Array:
     """The factor that takes `norm` down to `bound`.
 
-    Dividing by the bound first keeps the derivative finite at zero, and the factor exactly
-    1 below the bound even where division is only accurate to an ulp, as on a GPU.
+    The choice stands under the division: around it, XLA's CPU backend would no longer fuse
+    the factor with the weights and keep one more copy of them.
     """
     bound = jnp.maximum(jnp.asarray(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
-    return 1 / jnp.maximum(norm / bound, 1)
+    ratio = norm / bound
+    return 1 / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
 
 
 def _is_zero(norm: jax.Array) -> jax.Array:
@@ -64,9 +71,9 @@ def _is_zero(norm: jax.Array) -> jax.Array:
 
 def _at_least(norm: jax.Array, bound: Number) -> jax.Array:
     """The factor that takes `norm` up to `bound`; a unit of zeros has no direction: 1."""
-    zero = _is_zero(norm)
-    bound = jnp.asarray(bound, norm.dtype)
-    return jnp.where(zero, 1, jnp.maximum(bound / jnp.where(zero, 1, norm), 1))
+    bound = jnp.maximum(jnp.asarray(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
+    ratio = norm / bound
+    return 1 / jnp.where((ratio >= 1 - _tolerance(norm)) | _is_zero(norm), 1, ratio)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +163,7 @@ class MinMaxNorm(_NormSet):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> oc.min_max_norm(0.5, 1.0)(jnp.array([[3.0, 0.03], [4.0, 0.04]]))
+        >>> oc.min_max_norm(0.5, 1.0)(jnp.array([[3.0, 0.15], [4.0, 0.2]]))
         Array([[0.6, 0.3],
                [0.8, 0.4]], dtype=float32)
     """
@@ -194,9 +201,8 @@ class UnitNorm(_NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
 
     Not convex. The projection divides each unit by its norm, and is the nearest point; a
-    unit of zeros has no direction and stays zero. A norm that is 1 up to the rounding of
-    the sum counts as 1, so weights that were projected once come back as they are. One
-    pass to take the norms and one to scale.
+    unit of zeros has no direction and stays zero. One pass to take the norms and one to
+    scale.
 
     The set is that of `keras.constraints.UnitNorm`.
 
@@ -219,7 +225,7 @@ class UnitNorm(_NormSet):
 
     def _scale(self, norm: jax.Array) -> jax.Array:
         # Only the value snaps to 1: the derivative at a unit vector is that of w / ||w||.
-        error = jnp.where(jnp.abs(norm - 1) <= 4 * jnp.finfo(norm.dtype).eps, 1 - norm, 0)
+        error = jnp.where(jnp.abs(norm - 1) <= _tolerance(norm), 1 - norm, 0)
         norm = norm + jax.lax.stop_gradient(error)
         return 1 / jnp.where(_is_zero(norm), 1, norm)
 

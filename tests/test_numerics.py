@@ -1,0 +1,338 @@
+"""What a constraint promises, one test for each promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, DTYPES, Case, Interval, bits, float64, norms
+
+import optax_constraints as oc
+from optax_constraints import _numerics
+
+SHAPE = (7, 5, 3)
+both_modes = pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+
+
+def weights(scale: float = 1.0, dtype=jnp.float32, seed: int = 0) -> jax.Array:
+    w = np.random.default_rng(seed).normal(size=SHAPE) * scale
+    return jnp.asarray(w, jnp.float32).astype(dtype)
+
+
+def eps(dtype) -> float:
+    return float(jnp.finfo(dtype).eps)
+
+
+def test_every_exported_set_has_a_case():
+    exported = {
+        thing
+        for thing in vars(oc).values()
+        if isinstance(thing, type) and issubclass(thing, oc.Constraint)
+    }
+    assert {type(case.constraint) for case in CASES} == exported - {oc.Constraint}
+
+
+@each_case
+@each_dtype
+def test_shape_and_dtype_kept(case: Case, dtype):
+    out = case.constraint(weights(dtype=dtype))
+    assert (out.shape, out.dtype) == (SHAPE, jnp.dtype(dtype))
+
+
+@each_case
+@each_dtype
+@both_modes
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_nearest_point(case: Case, dtype, jit, scale):
+    w = weights(scale, dtype)
+    project = jax.jit(case.constraint) if jit else case.constraint
+    want = case.project(float64(w))
+    np.testing.assert_allclose(float64(project(w)), want, rtol=2 * eps(dtype), atol=1e-7 * scale)
+
+
+@each_case
+@each_dtype
+@both_modes
+def test_feasible_weights_come_back_bit_for_bit(case: Case, dtype, jit):
+    project = jax.jit(case.constraint) if jit else case.constraint
+    if isinstance(case.constraint, oc.UnitNorm):
+        axis = np.atleast_1d(np.asarray(case.constraint.axis))
+        one_hot = np.zeros(SHAPE)
+        one_hot[tuple(0 if i in axis else slice(None) for i in range(3))] = -1
+        allowed = jnp.asarray(one_hot, dtype)
+    else:
+        # A little inside, so that rounding to the dtype does not lead out again.
+        inside = case.project(float64(weights())) * (1 - 2 * eps(dtype))
+        allowed = jnp.asarray(inside, jnp.float32).astype(dtype)
+        allowed = jnp.where(case.outside(float64(allowed)) > 0, 0, allowed)
+    assert np.any(float64(allowed) != 0)
+    assert np.max(case.outside(float64(allowed))) == 0
+    assert bits(project(allowed)) == bits(allowed)
+
+
+@each_case
+@each_dtype
+@both_modes
+def test_projecting_twice_changes_nothing(case: Case, dtype, jit):
+    project = jax.jit(case.constraint) if jit else case.constraint
+    for seed in range(3):
+        once = project(weights(2.0, dtype, seed))
+        twice = project(once)
+        if case.constraint.elementwise:
+            assert bits(twice) == bits(once)
+        else:
+            ulp = float64(jnp.nextafter(jnp.abs(once), jnp.asarray(jnp.inf, dtype))) - np.abs(
+                float64(once)
+            )
+            assert np.max(np.abs(float64(twice) - float64(once)) / ulp) <= 2
+
+
+@each_case
+@each_dtype
+@both_modes
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
+    tx = optax.chain(getattr(optax, optimizer)(0.1), oc.project(case.constraint))
+    params = weights(dtype=dtype)
+    state = tx.init(params)
+    update = jax.jit(tx.update) if jit else tx.update
+    worst = 0.0
+    for seed in range(1, 11):
+        updates, state = update(weights(dtype=dtype, seed=seed), state, params)
+        params = jnp.asarray(optax.apply_updates(params, updates))
+        worst = max(worst, np.max(case.outside(float64(params))))
+    assert worst <= (0 if case.constraint.elementwise else 4 * eps(dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+@each_case
+@both_modes
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_huge_and_tiny_values(case: Case, dtype, jit, scale):
+    project = jax.jit(case.constraint) if jit else case.constraint
+    w = weights(scale, dtype)
+    want = case.project(float64(w))
+    np.testing.assert_allclose(
+        float64(project(w)), want, rtol=4 * eps(dtype), atol=1e-6 * np.max(np.abs(want))
+    )
+
+
+@pytest.mark.parametrize("scale", [6e4, 1e-4, 6e-8])
+@each_case
+def test_ends_of_the_range_of_float16(case: Case, scale):
+    w = jnp.clip(weights(scale), -65504, 65504).astype(jnp.float16)
+    want = case.project(float64(w))
+    # Where the result is itself subnormal, float16 has a spacing of 6e-8.
+    np.testing.assert_allclose(float64(case.constraint(w)), want, rtol=2e-3, atol=6e-8)
+
+
+@each_case
+@each_dtype
+def test_zero_vectors_stay_zero(case: Case, dtype):
+    assert bits(case.constraint(jnp.zeros(SHAPE, dtype))) == bits(jnp.zeros(SHAPE, dtype))
+
+
+@each_case
+@each_dtype
+@both_modes
+def test_nan_stays_in_its_own_unit(case: Case, dtype, jit):
+    project = jax.jit(case.constraint) if jit else case.constraint
+    w = weights(dtype=dtype)
+    spoilt = w.at[2, 1, 1].set(jnp.nan)
+    with jax.debug_nans(False):
+        out = float64(project(spoilt))
+    assert np.isnan(out[2, 1, 1])
+    # The units without a NaN are those whose reference has none.
+    clean = ~np.isnan(case.project(float64(spoilt)))
+    assert np.array_equal(np.isnan(out), ~clean)
+    assert np.array_equal(out[clean], float64(project(w))[clean])
+
+
+@each_case
+def test_jvp_is_that_of_the_projection(case: Case):
+    w, dw = weights(2.0), weights(seed=1)
+    _, got = jax.jvp(case.constraint, (w,), (dw,))
+    h = 1e-6
+    want = (
+        case.project(float64(w) + h * float64(dw)) - case.project(float64(w) - h * float64(dw))
+    ) / (2 * h)
+    np.testing.assert_allclose(float64(got), want, rtol=1e-4, atol=1e-5)
+
+
+@each_case
+def test_vjp_is_the_transpose_of_the_jvp(case: Case):
+    w, dw, cotangent = weights(2.0), weights(seed=1), weights(seed=2)
+    _, forward = jax.jvp(case.constraint, (w,), (dw,))
+    (backward,) = jax.vjp(case.constraint, w)[1](cotangent)
+    np.testing.assert_allclose(
+        np.sum(float64(forward) * float64(cotangent)),
+        np.sum(float64(dw) * float64(backward)),
+        rtol=1e-4,
+    )
+
+
+def test_derivative_at_a_unit_vector_is_the_tangent_part():
+    # There the projection changes nothing, but its derivative is not the identity.
+    w = oc.unit_norm()(weights())
+    _, got = jax.jvp(oc.unit_norm(), (w,), (weights(seed=1),))
+    radial = np.sum(float64(got) * float64(w), axis=0)
+    np.testing.assert_allclose(radial, 0, atol=1e-6)
+
+
+@each_case
+@pytest.mark.parametrize("value", [0.0, 1e-18, 1e30])
+def test_gradients_are_finite(case: Case, value):
+    w = jnp.full(SHAPE, value).at[0].mul(2)
+    assert np.all(np.isfinite(jax.grad(lambda w: jnp.sum(case.constraint(w)))(w)))
+
+
+@each_case
+def test_vmap_equals_a_loop(case: Case):
+    stack = jnp.stack([weights(3.0, seed=seed) for seed in range(4)])
+    got = jax.vmap(case.constraint)(stack)
+    want = jnp.stack([case.constraint(w) for w in stack])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# Norms, on the CPU and as other backends take them.
+
+
+def _on_accelerators(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return _numerics._three_range_norm(x, _numerics.sum_of_squares(x, axis), axis)
+
+
+NORMS = [_numerics.norm, _on_accelerators]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("exponent", [-35, -30, -20, -12, -10, 0, 10, 18, 20, 30, 37])
+def test_norm_over_the_whole_range(norm, exponent):
+    w = weights(10.0**exponent)
+    # Beside a unit of ordinary size, so that one unit decides nothing for the others.
+    w = jnp.concatenate([w, weights(seed=1)], axis=1)
+    got = norm(w, (0,))
+    np.testing.assert_allclose(float64(got), norms(float64(w), 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_of_mixed_magnitudes(norm):
+    w = jnp.array([[1e-25, 3e30, 1.0], [3e-25, 1e-30, 1e-20]], jnp.float32)
+    np.testing.assert_allclose(float64(norm(w, (0,))), norms(float64(w), 0), rtol=1e-6)
+
+
+def test_norm_takes_one_branch_only_when_needed():
+    # What runs for ordinary weights is the plain sum of squares: in the compiled program
+    # the scaled ones are under a condition.
+    text = jax.jit(lambda w: _numerics.norm(w, (0,))).lower(weights()).compile().as_text()
+    assert "conditional" in str(text)
+
+
+# Elementwise sets: exact after apply_updates.
+
+
+def _train(constraint, params, dtype, steps, jit):
+    tx = optax.chain(optax.sgd(1.0), oc.project(constraint))
+    update = jax.jit(tx.update) if jit else tx.update
+    state = tx.init(params)
+    rng = np.random.default_rng(0)
+    outside = 0
+    for _ in range(steps):
+        grads = jnp.asarray(rng.normal(size=params.shape) * 0.01, jnp.float32).astype(dtype)
+        updates, state = update(grads, state, params)
+        params = jnp.asarray(optax.apply_updates(params, updates))
+        low, high = (float64(jnp.asarray(v, dtype)) for v in (constraint.low, constraint.high))
+        values = float64(params)
+        outside += int(np.sum((values < low) | (values > high)))
+    return outside
+
+
+@each_dtype
+@both_modes
+@pytest.mark.parametrize("start", [0.0, 3.0], ids=["feasible", "infeasible"])
+@pytest.mark.parametrize(("low", "high"), [(-0.01, 0.01), (1e-3, 1.0), (-0.3, 0.007)])
+def test_elementwise_sets_are_exact_after_apply_updates(dtype, jit, start, low, high):
+    params = jnp.asarray(
+        np.random.default_rng(1).normal(size=(100, 100)) * start, jnp.float32
+    ).astype(dtype)
+    assert _train(Interval(low, high), params, dtype, 10, jit) == 0
+
+
+def test_without_the_correction_they_are_not():
+    class Uncorrected(Interval):
+        elementwise = False
+
+    params = jnp.asarray(np.random.default_rng(1).normal(size=(100, 100)), jnp.bfloat16)
+    assert _train(Uncorrected(-0.01, 0.01), params, jnp.bfloat16, 10, jit=True) > 100
+
+
+def test_nan_passes_through_an_elementwise_update():
+    tx = oc.project(Interval(-1.0, 1.0))
+    params = jnp.array([0.5, 0.5])
+    updates, _ = tx.update(jnp.array([jnp.nan, 1.0]), tx.init(params), params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates), [np.nan, 1.0])
+
+
+# The update of MaxNorm, which does without the second pass.
+
+
+@each_dtype
+def test_the_update_of_max_norm_is_that_of_its_projection(dtype):
+    constraint = oc.max_norm(1.0)
+    params, updates = weights(0.5, dtype), weights(dtype=dtype, seed=1)
+    got = constraint.update(params, updates)
+    want = oc.Constraint.update(constraint, params, updates)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(float64(got), float64(want), rtol=0, atol=4 * eps(dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("scale", [1e14, 1e20, 1e30, 3e38])
+def test_a_huge_update_of_max_norm_ends_inside(dtype, scale):
+    params, updates = weights(0.1, dtype), weights(dtype=dtype, seed=1) * scale
+    updates = jnp.clip(updates, -scale, scale).astype(dtype)
+    out = float64(params + oc.max_norm(1.0).update(params, updates))
+    assert np.all(np.isfinite(out))
+    np.testing.assert_allclose(norms(out, 0), 1, rtol=4 * eps(dtype))
+    assert np.array_equal(np.sign(out), np.sign(float64(updates)))
+    if scale < 1e17:
+        want = float64(updates) / norms(float64(updates), 0)
+        np.testing.assert_allclose(out, want, atol=4 * eps(dtype))
+
+
+def test_the_sum_of_a_float16_update_does_not_overflow():
+    params = jnp.full((2, 1), 6e4, jnp.float16)
+    out = float64(params + oc.max_norm(1.0).update(params, params))
+    assert np.all(out >= 0)
+    assert norms(out, 0) <= 1
+
+
+# Dtypes of updates.
+
+
+@pytest.mark.parametrize(
+    ("params", "updates", "result"),
+    [
+        (jnp.float32, jnp.float32, jnp.float32),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.bfloat16, jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.float16, jnp.float16, jnp.float16),
+    ],
+)
+@pytest.mark.parametrize("constraint", [oc.max_norm(0.1), oc.unit_norm(), oc.non_neg()], ids=str)
+def test_updates_keep_their_dtype_unless_the_sum_is_wider(params, updates, result, constraint):
+    tx = oc.project(constraint)
+    p, u = weights(dtype=params), weights(dtype=updates, seed=1)
+    new, _ = tx.update(u, tx.init(p), p)
+    assert jnp.asarray(new).dtype == result
+
+
+def test_norms_of_float64_are_taken_in_float64():
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        pytest.skip("needs JAX_ENABLE_X64=1: the second run of `make test` has it")
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
+    for scale in (1.0, 1e200, 1e-200):
+        got = np.linalg.norm(np.asarray(oc.unit_norm()(w * scale)), axis=0)
+        np.testing.assert_allclose(got, 1, rtol=1e-15)
