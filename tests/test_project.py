@@ -1,0 +1,390 @@
+"""`project` as an Optax transformation, and the verbs beside it."""
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import bits, float64, norms
+
+import optax_constraints as oc
+
+
+def make_params() -> dict[str, dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return {
+        "Dense_0": {
+            "kernel": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=4), jnp.float32),
+        },
+        "Dense_1": {"kernel": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)},
+    }
+
+
+def gradient(seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), make_params())
+
+
+RULES = {"kernel": oc.max_norm(0.7), "bias": oc.non_neg()}
+
+
+def feasible(params) -> bool:
+    kernels = [params["Dense_0"]["kernel"], params["Dense_1"]["kernel"]]
+    fits = [np.all(norms(float64(k), 0) <= 0.7 * (1 + 1e-6)) for k in kernels]
+    return bool(all(fits) and np.all(float64(params["Dense_0"]["bias"]) >= 0))
+
+
+def test_the_chain_ends_inside():
+    params = make_params()
+    assert not feasible(params)
+    tx = optax.chain(optax.adam(0.1), oc.project(RULES))
+    state = tx.init(params)
+    for seed in range(5):
+        updates, state = tx.update(gradient(seed), state, params)
+        params = optax.apply_updates(params, updates)
+        assert feasible(params)
+
+
+def test_updates_of_free_leaves_are_passed_on():
+    tx = oc.project({"bias": oc.non_neg()})
+    params, updates = make_params(), gradient(1)
+    new, _ = tx.update(updates, tx.init(params), params)
+    assert new["Dense_0"]["kernel"] is updates["Dense_0"]["kernel"]
+
+
+def test_without_updates_allowed_weights_stay_to_the_bit():
+    params = oc.constrain(make_params(), RULES)
+    tx = oc.project(RULES)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    new, _ = tx.update(zeros, tx.init(params), params)
+    chex.assert_trees_all_equal(optax.apply_updates(params, new), params)
+
+
+def test_a_small_column_survives_10_000_steps():
+    params = {"kernel": jnp.full((4, 3), 5e-4, jnp.float32)}
+    tx = oc.project({"kernel": oc.max_norm(1.0)})
+
+    def step(carry, _):
+        params, state = carry
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = tx.update(zeros, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (after, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=10_000)
+    assert bits(after["kernel"]) == bits(params["kernel"])
+    assert state.count == 10_000
+
+
+def test_params_are_needed():
+    tx = oc.project(RULES)
+    params = make_params()
+    with pytest.raises(ValueError, match=r"write tx.update\(grads, state, params\)"):
+        tx.update(gradient(0), tx.init(params))
+
+
+def test_extra_arguments_are_passed_over():
+    params = make_params()
+    tx = optax.chain(optax.sgd(0.1), oc.project(RULES))
+    updates, _ = tx.update(gradient(0), tx.init(params), params, value=1.0, grad_fn=None)
+    assert feasible(optax.apply_updates(params, updates))
+
+
+# Schedules, traced numbers, `every`.
+
+
+def test_the_state_is_a_count_of_updates():
+    params = make_params()
+    tx = oc.project(RULES)
+    state = tx.init(params)
+    assert isinstance(state, oc.ProjectState)
+    assert (state.count.dtype, state.count.shape, int(state.count)) == (jnp.int32, (), 0)
+    _, state = tx.update(gradient(0), state, params)
+    assert int(state.count) == 1
+
+
+def bounds_seen(tx, steps: int) -> list[float]:
+    """The norm at which each of some steps ends, with updates that always lead outside."""
+    params = jnp.ones((4, 1))
+    state = tx.init(params)
+    seen = []
+    for _ in range(steps):
+        updates, state = tx.update(jnp.full((4, 1), 100.0), state, params)
+        params = jnp.asarray(optax.apply_updates(params, updates))
+        seen.append(float(jnp.linalg.norm(params)))
+    return seen
+
+
+def test_a_schedule_sees_0_at_the_first_update():
+    schedule = optax.linear_schedule(8.0, 2.0, 3)
+    seen = bounds_seen(oc.project(oc.max_norm(schedule)), 5)
+    np.testing.assert_allclose(seen, [8, 6, 4, 2, 2], rtol=1e-6)
+
+
+def test_constrain_and_violations_agree_with_the_step_of_project():
+    rules = {"w": oc.max_norm(optax.linear_schedule(8.0, 2.0, 3))}
+    params = {"w": jnp.full((4, 1), 100.0)}
+    for step, bound in enumerate([8, 6, 4, 2, 2]):
+        out = oc.constrain(params, rules, step=step)
+        np.testing.assert_allclose(norms(float64(out["w"]), 0), bound, rtol=1e-6)
+        distance = oc.violations(params, rules, step=step)["w"]
+        np.testing.assert_allclose(distance, 200 - bound, rtol=1e-6)
+    np.testing.assert_allclose(norms(float64(oc.constrain(params, rules)["w"]), 0), 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "size"),
+    [
+        (lambda number: oc.max_norm(number), 1.0),
+        (lambda number: oc.min_max_norm(0.0, number), 1.0),
+        (lambda number: oc.min_max_norm(number, 50.0), 0.01),
+        (lambda number: oc.min_max_norm(0.0, 1.0, rate=number), 1.0),
+    ],
+)
+def test_every_number_may_be_a_schedule_or_traced(constraint, size):
+    w = size * jnp.array([[3.0], [4.0]])
+    want = constraint(0.5)(w)
+    assert not np.allclose(want, w)
+    traced = jax.jit(lambda number: constraint(number)(w))(0.5)
+    array = constraint(jnp.float32(0.5))(w)
+    scheduled = oc.constrain(w, constraint(lambda step: 0.25 + 0.05 * step), step=5)
+    for got in (traced, array, scheduled):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_every_k_projects_on_steps_k_2k_and_so_on():
+    seen = bounds_seen(oc.project(oc.max_norm(1.0), every=3), 7)
+    inside = [norm <= 1 + 1e-6 for norm in seen]
+    assert inside == [False, False, True, False, False, True, False]
+
+
+def test_between_projections_updates_pass_through():
+    params, updates = make_params(), gradient(1)
+    tx = oc.project(RULES, every=2)
+    new, _ = tx.update(updates, tx.init(params), params)
+    chex.assert_trees_all_equal(new, updates)
+
+
+def test_every_keeps_dtypes_on_all_steps():
+    params = jnp.ones((3, 2), jnp.float32)
+    tx = oc.project(oc.max_norm(1.0), every=2)
+    state = tx.init(params)
+    for _ in range(2):
+        new, state = tx.update(jnp.ones((3, 2), jnp.bfloat16), state, params)
+        assert jnp.asarray(new).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("every", "error"), [(0, ValueError), (-1, ValueError)])
+def test_every_below_one(every, error):
+    with pytest.raises(error, match="write 1 to project on every step"):
+        oc.project(RULES, every=every)
+
+
+@pytest.mark.parametrize("every", [1.5, "2", True, None])
+def test_every_of_another_kind(every):
+    with pytest.raises(TypeError, match="is not an int; write a number of steps"):
+        oc.project(RULES, every=every)
+
+
+def test_inject_hyperparams():
+    @optax.inject_hyperparams
+    def optimizer(bound):
+        return optax.chain(optax.sgd(1.0), oc.project(oc.max_norm(bound)))
+
+    tx = optimizer(bound=optax.linear_schedule(8.0, 2.0, 3))
+    params = jnp.ones((4, 1))
+    state = tx.init(params)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state):
+        updates, state = tx.update(jnp.full((4, 1), -100.0), state, params)
+        return optax.apply_updates(params, updates), state
+
+    chex.clear_trace_counter()
+    seen = []
+    for _ in range(4):
+        params, state = step(params, state)
+        seen.append(float(jnp.linalg.norm(jnp.asarray(params))))
+    np.testing.assert_allclose(seen, [8, 6, 4, 2], rtol=1e-6)
+
+
+# Compiled programs.
+
+
+def training_step(tx):
+    def loss(params, x, y):
+        hidden = jax.nn.relu(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
+        return jnp.mean((hidden @ params["Dense_1"]["kernel"] - y) ** 2)
+
+    def step(params, state, x, y):
+        grads = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+SCHEDULED = optax.chain(
+    optax.adam(1e-2),
+    oc.project({"kernel": oc.max_norm(optax.linear_schedule(1.0, 0.3, 100)), "bias": oc.non_neg()}),
+)
+
+
+def batch(seed: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
+        jnp.asarray(rng.normal(size=(8, 2)), jnp.float32),
+    )
+
+
+def test_a_training_step_compiles_once_over_100_steps():
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(training_step(SCHEDULED), n=1), donate_argnums=(0, 1))
+    params = make_params()
+    state = SCHEDULED.init(params)
+    for seed in range(100):
+        params, state = step(params, state, *batch(seed))
+    for name in ("Dense_0", "Dense_1"):
+        # The last of the 100 updates was step 99 of the schedule.
+        assert np.all(norms(float64(params[name]["kernel"]), 0) <= 0.307 * (1 + 1e-6))
+
+
+def test_the_same_in_scan_and_fori_loop():
+    step = training_step(SCHEDULED)
+    params = make_params()
+    start = (params, SCHEDULED.init(params))
+    x, y = batch(0)
+    looped = jax.jit(lambda carry: jax.lax.fori_loop(0, 20, lambda _, c: step(*c, x, y), carry))(
+        start
+    )
+    scanned, _ = jax.lax.scan(lambda c, _: (step(*c, x, y), None), start, length=20)
+    stepped = start
+    for _ in range(20):
+        stepped = jax.jit(step)(*stepped, x, y)
+    chex.assert_trees_all_close(looped, stepped, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(scanned, stepped, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_step_exports_for_cpu_cuda_and_tpu():
+    params = make_params()
+    args = (params, SCHEDULED.init(params), *batch(0))
+    step = jax.jit(training_step(SCHEDULED))
+    exported = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(*args)
+    got = exported.call(*args)
+    chex.assert_trees_all_close(got, step(*args), rtol=1e-5, atol=1e-7)
+
+
+def test_violations_run_under_jit():
+    params = make_params()
+    got = jax.jit(lambda params: oc.violations(params, RULES))(params)
+    kernel = float64(params["Dense_0"]["kernel"])
+    n = norms(kernel, 0)
+    want = np.sqrt(np.sum((kernel - kernel * np.minimum(0.7 / n, 1)) ** 2))
+    np.testing.assert_allclose(got["Dense_0/kernel"], want, rtol=1e-5)
+    bias = float64(params["Dense_0"]["bias"])
+    np.testing.assert_allclose(got["Dense_0/bias"], np.linalg.norm(np.minimum(bias, 0)), rtol=1e-5)
+    assert set(got) == {"Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel"}
+
+
+def test_violations_of_allowed_weights_are_zero():
+    params = oc.constrain(make_params(), RULES)
+    assert all(float(v) == 0 for v in oc.violations(params, RULES).values())
+
+
+def test_violations_of_bfloat16_are_float32_and_do_not_overflow():
+    params = {"w": jnp.full((4, 4), -1e30, jnp.bfloat16)}
+    distance = oc.violations(params, {"w": oc.non_neg()})["w"]
+    assert distance.dtype == jnp.float32
+    np.testing.assert_allclose(distance, 4e30, rtol=1e-2)
+
+
+def test_violations_show_nan():
+    got = oc.violations({"w": jnp.array([[jnp.nan], [1.0]])}, {"w": oc.max_norm(1.0)})
+    assert np.isnan(got["w"])
+
+
+# Inside other transformations.
+
+
+def test_gradient_accumulation():
+    tx = optax.MultiSteps(optax.chain(optax.sgd(1.0), oc.project(RULES)), every_k_schedule=3)
+    params = make_params()
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for seed in range(6):
+        updates, state = update(gradient(seed), state, params)
+        params = optax.apply_updates(params, updates)
+        assert feasible(params) == (seed >= 2)
+
+
+def test_apply_if_finite():
+    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), oc.project(RULES)), 5)
+    params = oc.constrain(make_params(), RULES)
+    state = tx.init(params)
+    for seed in range(4):
+        grads = optax.tree_utils.tree_scale(jnp.nan if seed % 2 else 1.0, gradient(seed))
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert feasible(params)
+
+
+def test_before_the_optimizer_it_does_not_hold_and_violations_say_so():
+    tx = optax.chain(oc.project(RULES), optax.adam(0.1))
+    params = oc.constrain(make_params(), RULES)
+    state = tx.init(params)
+    for seed in range(5):
+        updates, state = tx.update(gradient(seed), state, params)
+        params = optax.apply_updates(params, updates)
+    assert not feasible(params)
+    assert max(float(v) for v in oc.violations(params, RULES).values()) > 1e-3
+
+
+# Hyperparameters.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: oc.max_norm(-1.0), ValueError, r"MaxNorm: max_value=-1.0 .* at least 0"),
+        (lambda: oc.max_norm(float("nan")), ValueError, r"MaxNorm: max_value=nan .* at least 0"),
+        (lambda: oc.max_norm(jnp.float32(-2)), ValueError, "MaxNorm: max_value=.* at least 0"),
+        (lambda: oc.max_norm("2"), TypeError, "max_value='2' is not a number"),
+        (lambda: oc.max_norm(True), TypeError, "max_value=True is not a number"),
+        (lambda: oc.max_norm(None), TypeError, "max_value=None is not a number"),
+        (lambda: oc.max_norm(1j), TypeError, "is not a number"),
+        (lambda: oc.max_norm(jnp.ones(3)), ValueError, r"has shape \(3,\); write one number"),
+        (lambda: oc.max_norm(10**400), ValueError, "too large for a float"),
+        (lambda: oc.min_max_norm(-0.1, 1.0), ValueError, "min_value=-0.1 .* at least 0"),
+        (lambda: oc.min_max_norm(2.0, 1.0), ValueError, "min_value=2.0 is above max_value=1.0"),
+        (lambda: oc.min_max_norm(rate=1.5), ValueError, "rate=1.5 .* from 0 to 1"),
+        (lambda: oc.min_max_norm(rate=-0.5), ValueError, "rate=-0.5 .* from 0 to 1"),
+        (lambda: oc.min_max_norm(rate=float("nan")), ValueError, "rate=nan .* from 0 to 1"),
+    ],
+)
+def test_hyperparameters_are_checked(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("constraint", [oc.max_norm(1.0), oc.min_max_norm(), oc.unit_norm()])
+def test_norms_of_integers_are_refused(constraint):
+    with pytest.raises(TypeError, match="takes floating-point weights, and these are int32"):
+        constraint(jnp.ones((2, 2), jnp.int32))
+
+
+def test_by_hand_a_constraint_takes_what_asarray_takes():
+    for w in ([[3.0], [4.0]], ((3.0,), (4.0,)), np.array([[3.0], [4.0]], np.float32)):
+        np.testing.assert_allclose(oc.max_norm(1.0)(w), [[0.6], [0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(oc.non_neg()([-1.0, 2.0]), [0, 2])
+    np.testing.assert_array_equal(oc.Constraint()([-1.0, 2.0]), [-1, 2])
+
+
+@pytest.mark.parametrize("bound", [0.0, jnp.float32(0)])
+def test_a_bound_of_zero(bound):
+    w = jnp.array([[1e-3, 5.0, 0.0]])
+    assert jnp.max(jnp.abs(oc.max_norm(bound)(w))) <= jnp.finfo(jnp.float32).tiny
+    np.testing.assert_array_equal(oc.min_max_norm(bound, 10.0)(w), w)
