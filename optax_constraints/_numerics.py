@@ -1,7 +1,6 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ def eps(dtype: jax.typing.DTypeLike) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-def sum_of_squares(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+def sum_of_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The sum of squares along `axis`, kept as axes of length 1; may overflow.
 
     Nothing but the square stands inside the reduction: XLA's CPU backend recognises that
@@ -27,7 +26,7 @@ def sum_of_squares(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=axis, keepdims=True)
 
 
-def _three_range_norm(x: jax.Array, squares: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The norm where the sum of squares left its safe range, by sums over scaled entries.
 
     J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
@@ -45,7 +44,7 @@ def _may_have_underflowed(squares: jax.Array) -> jax.Array:
     return squares < 2.0 ** (-5 * int(jnp.finfo(squares.dtype).maxexp) // 8)
 
 
-def _fallback_norm(x: jax.Array, squares: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+def _fallback_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The same, with the scaled sums taken only when there is a unit that needs them."""
     return lax.cond(
         jnp.any((squares == jnp.inf) | _may_have_underflowed(squares)),
@@ -57,7 +56,26 @@ def _fallback_norm(x: jax.Array, squares: jax.Array, axis: Sequence[int] | None)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
+def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    return lax.platform_dependent(
+        x,
+        sum_of_squares(x, axis),
+        cpu=functools.partial(_fallback_norm, axis=axis),
+        default=functools.partial(_three_range_norm, axis=axis),
+    )
+
+
+@_differentiable_norm.defjvp
+def _norm_jvp(axis, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    n = norm(x, axis)
+    direction = x / jnp.where(n > 0, n, 1)
+    return n, jnp.sum(direction * dx, axis=axis, keepdims=True)
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@functools.partial(jax.jit, static_argnums=1)
+def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """Euclidean norm along `axis`, kept as axes of length 1.
 
     Right from the smallest normal number to the largest, and differentiable at zero
@@ -73,17 +91,4 @@ def norm(x: jax.Array, axis: Sequence[int] | None) -> jax.Array:
     Returns:
         The norms, in the dtype of `x`.
     """
-    return lax.platform_dependent(
-        x,
-        sum_of_squares(x, axis),
-        cpu=functools.partial(_fallback_norm, axis=axis),
-        default=functools.partial(_three_range_norm, axis=axis),
-    )
-
-
-@norm.defjvp
-def _norm_jvp(axis, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    n = norm(x, axis)
-    direction = x / jnp.where(n > 0, n, 1)
-    return n, jnp.sum(direction * dx, axis=axis, keepdims=True)
+    return _differentiable_norm(x, axis)

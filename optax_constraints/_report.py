@@ -13,7 +13,6 @@ from optax_constraints._rules import Binder, Rules
 _WIDTH = 100
 _HEADER = ("path", "shape", "dtype", "constraint", "axis", "units", "at bound", "outside")
 _RIGHT = {"units", "at bound", "outside"}
-_ELLIPSIS = "…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +65,23 @@ class Report:
         widths = _fit([max(map(len, column)) for column in zip(*table, strict=True)])
         lines = ["  ".join(map(_cell, cells, widths, _HEADER)).rstrip() for cells in table]
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*lines, *self._summary()])
 
-    def _summary(self) -> str:
+    def _summary(self) -> list[str]:
         constrained = [row for row in self.rows if row.constraint is not None]
-        parts = [f"{len(constrained)} of {len(self.rows)} leaves constrained"]
+        text = f"{len(constrained)} of {len(self.rows)} leaves constrained"
         if any(row.units is not None for row in constrained):
             units = sum(row.units or 0 for row in constrained)
             at_bound = sum(row.at_bound or 0 for row in constrained)
-            parts.append(f"{at_bound:,} of {units:,} units at their bound")
-        if constrained:
-            # NaN is the worst there is, and max() alone would pass over it.
-            worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
-            parts.append(
-                f"furthest outside: {worst.outside:.3g} ({worst.path or '(root)'})"
-                if worst.outside
-                else "none outside"
-            )
-        return "; ".join(parts)
+            text += f"; {at_bound:,} of {units:,} units at their bound"
+        if not constrained:
+            return [text]
+        # NaN is the worst there is, and compares as nothing.
+        worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
+        if worst.outside == 0:
+            return [f"{text}; none outside"]
+        path = _shorten_path(worst.path or "(root)", _WIDTH - 40)
+        return [text, f"furthest outside: {worst.outside:.3g} in {path}"]
 
 
 def report(
@@ -149,7 +147,7 @@ def _fit(widths: list[int]) -> list[int]:
     """Takes from the path and the constraint what does not fit in the width of a page."""
     excess = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
     path, constraint = _HEADER.index("path"), _HEADER.index("constraint")
-    for column, least in ((path, 28), (constraint, 12), (path, 12)):
+    for column, least in ((path, 28), (constraint, 14), (path, 10), (constraint, 4)):
         taken = max(0, min(excess, widths[column] - least))
         widths[column] -= taken
         excess -= taken
@@ -157,8 +155,24 @@ def _fit(widths: list[int]) -> list[int]:
 
 
 def _cell(text: str, width: int, column: str) -> str:
-    if len(text) > width:
-        # The end of a path tells leaves apart, the beginning of anything else.
-        kept = width - len(_ELLIPSIS)
-        text = _ELLIPSIS + text[-kept:] if column == "path" else text[:kept] + _ELLIPSIS
+    if column == "path":
+        text = _shorten_path(text, width)
+    text = _cut(text, width, tail=0)
     return text.rjust(width) if column in _RIGHT else text.ljust(width)
+
+
+def _shorten_path(path: str, width: int) -> str:
+    """Cuts the middles of long segments, whose ends tell one layer from another."""
+    segments = path.split("/")
+    for longest in range(max(map(len, segments)), 2, -1):
+        short = "/".join(_cut(segment, longest, tail=longest // 2) for segment in segments)
+        if len(short) <= width:
+            return short
+    return _cut(path, width, tail=width - 1)
+
+
+def _cut(text: str, width: int, tail: int) -> str:
+    """At most `width` characters of a text, `tail` of them from its end."""
+    if len(text) <= width:
+        return text
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
