@@ -4,6 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from optax_constraints._text import describe, shown
+
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
 
 _ATTENTION_IN = ("query", "key", "value")
@@ -15,12 +17,12 @@ def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | Literal["fan_i
     if axis is None or axis == "fan_in":
         return axis  # pyright: ignore[reportReturnType]  # the literal or None
     if isinstance(axis, str):
-        raise ValueError(f"{owner}: axis={axis!r} is not known; write {wanted}.")
+        raise ValueError(f"{owner}: axis={shown(axis)} is not known; write {wanted}.")
     if not isinstance(axis, Sequence):
         return _as_int(owner, axis, wanted)
     axes = tuple(_as_int(owner, a, wanted) for a in axis)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{owner}: axis={axis!r} names an axis twice; name each axis once.")
+        raise ValueError(f"{owner}: axis={shown(axis)} names an axis twice; name each axis once.")
     return axes
 
 
@@ -30,7 +32,7 @@ def _as_int(owner: str, axis: object, wanted: str) -> int:
             raise TypeError
         return operator.index(axis)  # pyright: ignore[reportArgumentType]  # raises TypeError
     except TypeError:
-        raise TypeError(f"{owner}: axis={axis!r} is not an axis; write {wanted}.") from None
+        raise TypeError(f"{owner}: axis={shown(axis)} is not an axis; write {wanted}.") from None
 
 
 def settle_axis(
@@ -72,11 +74,6 @@ def settle_axis(
     if len(set(settled)) < len(settled):
         raise ValueError(f"{where}: axis={axis!r} names an axis twice; name each axis once.")
     return settled
-
-
-def describe(path: str | None, shape: tuple[int, ...]) -> str:
-    """How errors name a leaf: its path, where there is one, and its shape."""
-    return f"{path!r} of shape {shape}" if path else f"an array of shape {shape}"
 
 
 def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:

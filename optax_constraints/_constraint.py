@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_constraints._axes import settle_axis
+from optax_constraints._text import shown
 
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]
 Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
@@ -230,7 +231,7 @@ def check_number(
         TypeError: If it is no number.
         ValueError: If it is NaN or out of range.
     """
-    what = f"{owner}: {name}={value!r}"
+    what = f"{owner}: {name}={shown(value)}"
     if isinstance(value, Tracer):
         _check_scalar(what, value)
         return None
@@ -355,9 +356,9 @@ def register(constraint: Any = None, *, name: str | None = None) -> Any:
     return constraint
 
 
-def _identity(thing: Any) -> tuple[str, str]:
+def _identity(thing: Any) -> Hashable:
     """Where a definition stands: run again in a notebook, it is still the same one."""
-    return thing.__module__, thing.__qualname__
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", id(thing))
 
 
 def get(identifier: Any) -> Any:
@@ -442,15 +443,22 @@ def serialize(thing: Any) -> Any:
             return {key: serialize(value) for key, value in thing.items()}
         return serialize(list(thing.items()))
     if isinstance(thing, Sequence) and not isinstance(thing, str):
-        return [[_serialize_pattern(pattern), serialize(value)] for pattern, value in thing]
+        pairs = map(_check_pair, thing)
+        return [[_serialize_pattern(pattern), serialize(value)] for pattern, value in pairs]
     constraint = get(thing)
     return None if constraint is None else _serialize_constraint(constraint)
+
+
+def _check_pair(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise TypeError(f"{shown(pair)} is not a pair (pattern, constraint).")
+    return pair[0], pair[1]
 
 
 def _serialize_pattern(pattern: object) -> Any:
     if isinstance(pattern, str):
         return pattern
-    if isinstance(pattern, re.Pattern):
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return {"regex": pattern.pattern, "flags": pattern.flags}
     raise TypeError(
         f"The pattern {pattern!r} has no JSON form; write a string or a compiled regular "
@@ -464,7 +472,12 @@ def _serialize_constraint(constraint: Any) -> dict[str, Any]:
     module = None if is_function else _builtin.get(definition)
     if module is not None:
         return _config(module, definition.__name__, constraint.get_config(), None)
-    names = [name for name, known in _registry.items() if known is definition]
+    names = [name for name, known in _registry.items() if known is definition] or [
+        # An object made before a notebook cell defined its class again.
+        name
+        for name, known in _registry.items()
+        if _identity(known) == _identity(definition)
+    ]
     if not names:
         raise TypeError(
             f"{constraint!r} has no JSON form, since nothing is registered that could be "
@@ -542,25 +555,24 @@ def _deserialize(config: Any, depth: int) -> Any:
     if isinstance(config, list):
         return [_deserialize_pair(pair, depth) for pair in config]
     raise TypeError(
-        f"{_clip(config)} is not the config of a constraint or of rules; write what "
+        f"{shown(config)} is not the config of a constraint or of rules; write what "
         "serialize returned."
     )
 
 
 def _deserialize_pair(pair: Any, depth: int) -> tuple[Any, Any]:
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise TypeError(f"{_clip(pair)} is not a pair [pattern, constraint].")
-    pattern, value = pair
+    pattern, value = _check_pair(pair)
     if isinstance(pattern, Mapping):
         try:
-            pattern = re.compile(pattern["regex"], pattern.get("flags", 0))
+            # Under DEBUG, compiling would print.
+            pattern = re.compile(pattern["regex"], pattern.get("flags", 0) & ~int(re.DEBUG))
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
             raise ValueError(
-                f"{_clip(pattern)} is not a pattern; write a string, or "
+                f"{shown(pattern)} is not a pattern; write a string, or "
                 "{'regex': '...', 'flags': 0}."
             ) from error
     elif not isinstance(pattern, str):
-        raise TypeError(f"{_clip(pattern)} is not a pattern; write a string.")
+        raise TypeError(f"{shown(pattern)} is not a pattern; write a string.")
     return pattern, _deserialize(value, depth + 1)
 
 
@@ -570,24 +582,34 @@ def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
     arguments = config.get("config")
     for name in (class_name, registered):
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"The config {_clip(config)} has a class_name that is not a string.")
+            raise TypeError(f"The config {shown(config)} has a class_name that is not a string.")
     if class_name is None:
         raise ValueError(
-            f"{_clip(config)} is not a config: it has no key 'class_name'. Rules by pattern go "
+            f"{shown(config)} is not a config: it has no key 'class_name'. Rules by pattern go "
             "to the verbs, such as project, not to get."
         )
     if class_name == "function":
         if not isinstance(arguments, str):
-            raise TypeError(f"The config {_clip(config)} names no registered function.")
-        return _look_up(arguments)
-    thing = _look_up(registered if registered in _registry else class_name)
+            raise TypeError(f"The config {shown(config)} names no registered function.")
+        function = _look_up(arguments)
+        if inspect.isclass(function):
+            raise ValueError(f"The config {shown(config)} names a class, not a function.")
+        return function
+    if registered in _registry:
+        class_name = registered
+    elif registered is not None and _registry.get(class_name) in _builtin:
+        raise ValueError(
+            f"The config {shown(config)} is that of a class of its own, {registered!r}, and not "
+            f"of {class_name}; give that class to optax_constraints.register under this name."
+        )
+    thing = _look_up(class_name)
     if not inspect.isclass(thing):
         return thing
     cls = cast(type[Constraint], thing)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
-        raise TypeError(f"{class_name}: config={_clip(arguments)} is not a mapping of arguments.")
-    plain = {key: _untuple(value) for key, value in arguments.items()}
+        raise TypeError(f"{class_name}: config={shown(arguments)} is not a mapping of arguments.")
+    plain = {key: _plain(value) for key, value in arguments.items()}
     try:
         inspect.signature(cls).bind(**plain)
     except TypeError as error:
@@ -595,22 +617,19 @@ def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
         if cls.from_config.__func__ is Constraint.from_config.__func__:
             wanted = ", ".join(inspect.signature(cls).parameters) or "none"
             raise ValueError(
-                f"{class_name}: the config {_clip(dict(arguments))} does not fit: {error}. "
+                f"{class_name}: the config {shown(dict(arguments))} does not fit: {error}. "
                 f"Its arguments are: {wanted}."
             ) from error
     return cls.from_config(plain)
 
 
-def _untuple(value: Any) -> Any:
-    """Reads the form in which Keras writes a tuple."""
-    if isinstance(value, Mapping) and value.get("class_name") == "__tuple__":
-        return tuple(value.get("items") or ())
+def _plain(value: Any) -> Any:
+    """Reads the forms in which Keras writes tuples, NumPy arrays and tensors."""
+    if not isinstance(value, Mapping):
+        return value
+    kind, content = value.get("class_name"), value.get("config")
+    if kind == "__tuple__" and isinstance(value.get("items"), list):
+        return tuple(value["items"])
+    if kind in ("__numpy__", "__tensor__") and isinstance(content, Mapping):
+        return content.get("value")
     return value
-
-
-def _clip(value: object) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:197]}..."

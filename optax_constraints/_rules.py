@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from optax_constraints._axes import describe
 from optax_constraints._constraint import (
     Constraint,
     FunctionConstraint,
@@ -21,12 +20,12 @@ from optax_constraints._constraint import (
     get,
     is_builtin,
 )
+from optax_constraints._text import describe
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
 Pattern: TypeAlias = str | re.Pattern[str] | Predicate
-Rules: TypeAlias = (
-    Identifier | Mapping[str, Any] | Mapping[Pattern, Any] | Sequence[tuple[Pattern, Any]] | None
-)
+# Keys of a mapping are patterns; Mapping[Pattern, ...] would refuse a dict[str, ...].
+Rules: TypeAlias = Identifier | Mapping[Any, Any] | Sequence[tuple[Pattern, Any]] | None
 
 
 class Rule(NamedTuple):
@@ -264,8 +263,9 @@ def _settle(rule: Rule, path: str, leaf: Any, checked: set[Any]) -> Constraint |
         )
     shape, dtype = known
     constraint = rule.constraint.settle(path, shape)
-    if not is_builtin(constraint) and (constraint, shape, dtype) not in checked:
-        checked.add((constraint, shape, dtype))
+    key = id(rule.constraint), shape, dtype
+    if not is_builtin(constraint) and key not in checked:
+        checked.add(key)
         _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))
     return constraint
 

@@ -269,10 +269,17 @@ def test_the_same_in_scan_and_fori_loop():
     chex.assert_trees_all_close(scanned, stepped, rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_step_exports_for_cpu_cuda_and_tpu():
+def with_rules(kernel: oc.Constraint):
+    return optax.chain(optax.adam(1e-2), oc.project({"kernel": kernel, "bias": oc.non_neg()}))
+
+
+@pytest.mark.parametrize(
+    "tx", [SCHEDULED, with_rules(oc.unit_norm()), with_rules(oc.min_max_norm(0.5, 1.0))]
+)
+def test_a_training_step_exports_for_cpu_cuda_and_tpu(tx):
     params = make_params()
-    args = (params, SCHEDULED.init(params), *batch(0))
-    step = jax.jit(training_step(SCHEDULED))
+    args = (params, tx.init(params), *batch(0))
+    step = jax.jit(training_step(tx))
     exported = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(*args)
     got = exported.call(*args)
     chex.assert_trees_all_close(got, step(*args), rtol=1e-5, atol=1e-7)
