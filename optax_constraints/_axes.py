@@ -14,11 +14,13 @@ _ATTENTION_IN = ("query", "key", "value")
 def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | Literal["fan_in"] | None:
     """Returns `axis` in a hashable form, or says why it is none."""
     wanted = "an int, a tuple or list of ints, None for the whole tensor, or 'fan_in'"
-    if axis is None or axis == "fan_in":
-        return axis  # pyright: ignore[reportReturnType]  # the literal or None
+    if axis is None:
+        return None
     if isinstance(axis, str):
+        if axis == "fan_in":
+            return "fan_in"
         raise ValueError(f"{owner}: axis={shown(axis)} is not known; write {wanted}.")
-    if not isinstance(axis, Sequence):
+    if not isinstance(axis, Sequence) or isinstance(axis, (bytes, bytearray)):
         return _as_int(owner, axis, wanted)
     axes = tuple(_as_int(owner, a, wanted) for a in axis)
     if len(set(axes)) < len(axes):
@@ -86,7 +88,11 @@ def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, 
     *parents, name = path.split("/")
     parent = parents[-1].lower() if parents else ""
     rank = len(shape)
-    conv = rank >= 3 and "conv" in parent
+    # Not every convolution: a local or transposed one may keep its axes in another order,
+    # and what Linen calls Vmap... or Scan... is a stack.
+    stacked = any(segment.startswith(("Vmap", "Scan")) for segment in parents)
+    ordinary = not stacked and "local" not in parent and "transpose" not in parent
+    conv = rank >= 3 and "conv" in parent and ordinary
 
     if name in ("bias", "scale", "b", "weight") and rank == 1:
         return (0,)

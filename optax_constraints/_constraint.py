@@ -178,7 +178,7 @@ class FunctionConstraint(Constraint):
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Calls the function."""
-        return jnp.asarray(self.function(jnp.asarray(w)))
+        return self.function(jnp.asarray(w))
 
     def __str__(self) -> str:
         """The function's name."""

@@ -176,11 +176,14 @@ def violations(
         {'bias': Array(1., dtype=float32)}
     """
     bound = Binder(rules, strict=strict)(params)
-    return {
-        leaf_bound.path: distance(jnp.asarray(leaf), constraint)
-        for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True)
-        if (constraint := leaf_bound.at(step)) is not None
-    }
+    distances: dict[str, jax.Array] = {}
+    for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True):
+        if (constraint := leaf_bound.at(step)) is not None:
+            found = distance(jnp.asarray(leaf), constraint)
+            # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
+            other = distances.get(leaf_bound.path)
+            distances[leaf_bound.path] = found if other is None else jnp.hypot(other, found)
+    return distances
 
 
 def distance(leaf: jax.Array, constraint: Any) -> jax.Array:
