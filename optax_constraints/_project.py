@@ -29,7 +29,9 @@ def project(
     without a constraint get their updates as they came.
 
     Cost: one pass over each constrained leaf for an elementwise set, which fuses with the
-    optimizer; two for a norm. The state is one integer.
+    optimizer; two for a norm. An update has to be a difference, so a norm reads `p` once
+    more than `constrain` after `optax.apply_updates` does, and keeps one more leaf in
+    memory: `make bench` shows what that is in a training step. The state is one integer.
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point

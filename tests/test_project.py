@@ -154,6 +154,15 @@ def test_every_number_may_be_a_schedule_or_traced(constraint, size):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_by_hand_a_schedule_needs_its_step():
+    constraint = oc.max_norm(optax.linear_schedule(8.0, 2.0, 3))
+    with pytest.raises(TypeError, match=r"write constraint.at\(step\)\(w\)"):
+        constraint(jnp.ones((4, 1)))
+    np.testing.assert_allclose(
+        norms(float64(constraint.at(1)(jnp.full((4, 1), 9.0))), 0), 6, rtol=1e-6
+    )
+
+
 def test_every_k_projects_on_steps_k_2k_and_so_on():
     seen = bounds_seen(oc.project(oc.max_norm(1.0), every=3), 7)
     inside = [norm <= 1 + 1e-6 for norm in seen]

@@ -48,6 +48,16 @@ class _NormSet(Constraint):
         return (wide * self._scale(_numerics.norm(wide, axis))).astype(w.dtype)
 
 
+def _value(number: Number, dtype: jnp.dtype) -> jax.Array:
+    """A hyperparameter as an array."""
+    if callable(number):
+        raise TypeError(
+            "A constraint with a schedule has no numbers yet; write constraint.at(step)(w), or "
+            "use project or constrain, which know the step."
+        )
+    return jnp.asarray(number, dtype)
+
+
 def _tolerance(norm: jax.Array) -> float:
     """The rounding of a sum of squares: a norm that is this near to a bound is at it."""
     return 4 * _numerics.eps(norm.dtype)
@@ -59,8 +69,7 @@ def _at_most(norm: jax.Array, bound: Number) -> jax.Array:
     The choice stands under the division: around it, XLA's CPU backend would no longer fuse
     the factor with the weights and keep one more copy of them.
     """
-    bound = jnp.maximum(jnp.asarray(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
-    ratio = norm / bound
+    ratio = norm / jnp.maximum(_value(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
     return 1 / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
 
 
@@ -71,8 +80,7 @@ def _is_zero(norm: jax.Array) -> jax.Array:
 
 def _at_least(norm: jax.Array, bound: Number) -> jax.Array:
     """The factor that takes `norm` up to `bound`; a unit of zeros has no direction: 1."""
-    bound = jnp.maximum(jnp.asarray(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
-    ratio = norm / bound
+    ratio = norm / jnp.maximum(_value(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
     return 1 / jnp.where((ratio >= 1 - _tolerance(norm)) | _is_zero(norm), 1, ratio)
 
 
@@ -186,13 +194,13 @@ class MinMaxNorm(_NormSet):
 
     def _scale(self, norm: jax.Array) -> jax.Array:
         scale = _at_most(norm, self.max_value) * _at_least(norm, self.min_value)
-        rate = jnp.asarray(self.rate, norm.dtype)
+        rate = _value(self.rate, norm.dtype)
         return rate * scale + (1 - rate)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units whose norm is one of the bounds, up to rounding."""
         norm = self._norm(w)
-        low = norm <= jnp.asarray(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(w.dtype))
+        low = norm <= _value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(w.dtype))
         return low | _reaches(norm, self.max_value, w.dtype)
 
 
@@ -236,7 +244,7 @@ class UnitNorm(_NormSet):
 
 def _reaches(norm: jax.Array, bound: Number, dtype: jnp.dtype) -> jax.Array:
     """Whether a norm is at or above a bound, as far as `dtype` can tell."""
-    return norm >= jnp.asarray(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
+    return norm >= _value(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
 
 
 def _square_limit(dtype: jnp.dtype, size: int) -> float:
