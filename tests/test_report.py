@@ -36,7 +36,9 @@ def test_each_column():
 
 
 def test_the_text():
-    params = {"Dense_0": {"kernel": 2 * jnp.eye(3), "bias": jnp.zeros(3)}, "gain": jnp.ones(())}
+    kernel, bias, gain = 2 * jnp.eye(3), jnp.zeros(3), jnp.ones(())
+    params = {"Dense_0": {"kernel": kernel, "bias": bias}, "gain": gain}
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     text = str(oc.report(params, {"kernel": oc.max_norm(1.5), "gain": jnp.tanh}))
     header, rule, bias, kernel, gain, *summary = text.splitlines()
     columns = ["path", "shape", "dtype", "constraint", "axis", "units", "at bound", "outside"]
