@@ -15,14 +15,17 @@ from optax_constraints._report import report as report
 from optax_constraints.sets import MaxNorm as MaxNorm
 from optax_constraints.sets import MinMaxNorm as MinMaxNorm
 from optax_constraints.sets import NonNeg as NonNeg
+from optax_constraints.sets import Stacked as Stacked
 from optax_constraints.sets import UnitNorm as UnitNorm
 
 max_norm = MaxNorm
 min_max_norm = MinMaxNorm
 non_neg = NonNeg
+stacked = Stacked
 unit_norm = UnitNorm
 
 for _cls in (Constraint, MaxNorm, MinMaxNorm, NonNeg, UnitNorm):
     _register_builtin(_cls, in_keras=True)
+_register_builtin(Stacked)
 
 __version__ = "0.1.0"

@@ -1,12 +1,29 @@
 """What `axis` means for one leaf."""
 
+import functools
 import operator
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 from optax_constraints._text import describe, shown
 
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
+
+
+class LeafLayout(NamedTuple):
+    """What a model says of one parameter."""
+
+    layer: str
+    """Type of the layer that owns it."""
+    fan_in: tuple[int, ...] | None
+    """The axes of the leaf along which a unit's incoming weights run; None if not known."""
+    stacked: tuple[int, ...] = ()
+    """The axes of the leaf along which layers are stacked, as by `nn.scan` or `nnx.vmap`."""
+
+
+Layout: TypeAlias = Mapping[str, LeafLayout]
+
 
 _ATTENTION_IN = ("query", "key", "value")
 
@@ -38,7 +55,11 @@ def _as_int(owner: str, axis: object, wanted: str) -> int:
 
 
 def settle_axis(
-    owner: str, axis: Axis, shape: tuple[int, ...], path: str | None = None
+    owner: str,
+    axis: Axis,
+    shape: tuple[int, ...],
+    path: str | None = None,
+    layout: LeafLayout | None = None,
 ) -> tuple[int, ...]:
     """The axes of one leaf, as a sorted tuple of non-negative ints.
 
@@ -47,6 +68,8 @@ def settle_axis(
         axis: The axis as the constraint holds it.
         shape: Shape of the leaf.
         path: Path of the leaf, or None for an array without one.
+        layout: What the model says of the leaf. An explicit axis that contradicts it is taken,
+            with a warning.
 
     Returns:
         The axes along which one unit runs.
@@ -58,7 +81,12 @@ def settle_axis(
     if axis is None:
         return tuple(range(len(shape)))
     if axis == "fan_in":
-        return _fan_in(where, path, shape)
+        if layout is None:
+            return _fan_in(where, path, shape)
+        if layout.fan_in is not None:
+            return layout.fan_in
+        own = _fan_in(where, path, drop_axes(shape, layout.stacked))
+        return insert_axes(own, layout.stacked)
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     rank = len(shape)
     if rank == 0 and axes:
@@ -75,7 +103,35 @@ def settle_axis(
     settled = tuple(sorted(a % rank for a in axes))
     if len(set(settled)) < len(settled):
         raise ValueError(f"{where}: axis={axis!r} names an axis twice; name each axis once.")
+    if layout is not None and layout.fan_in is not None and settled != layout.fan_in:
+        _warn_once(
+            f"{where}: axis={axis!r} is not where the incoming weights of a unit of this "
+            f"{layout.layer} run, which is axis={layout.fan_in}. If you mean those, write "
+            "axis='fan_in'."
+        )
     return settled
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def drop_axes(values: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one slice of an array, without the axes along which it was cut."""
+    return tuple(value for i, value in enumerate(values) if i not in axes)
+
+
+def insert_axes(own: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of one slice, as axes of the array that was cut along `stacked`."""
+    for axis in sorted(stacked):
+        own = tuple(a + (a >= axis) for a in own)
+    return own
+
+
+def remove_axes(axes: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of an array that is cut along `stacked`, as axes of one slice."""
+    return tuple(a - sum(s < a for s in stacked) for a in axes if a not in stacked)
 
 
 def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:

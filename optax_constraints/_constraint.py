@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_constraints._axes import settle_axis
+from optax_constraints._axes import LeafLayout, settle_axis
 from optax_constraints._text import shown
 
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -44,6 +44,10 @@ class Constraint:
     """Whether each entry is projected by itself. If so, `project` corrects the rounding of
     ``p + update`` entry by entry, and the sum is never outside the set."""
 
+    unitwise: ClassVar[bool] = False
+    """Whether each slice along the field `axis` is projected by itself. If so, more axes need
+    no more than another `axis`."""
+
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array.
 
@@ -57,13 +61,8 @@ class Constraint:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that JSON can hold."""
-        if not dataclasses.is_dataclass(self):
-            return {}
         name = type(self).__name__
-        return {
-            f.name: _to_json(f"{name}.{f.name}", getattr(self, f.name))
-            for f in dataclasses.fields(self)
-        }
+        return {f.name: _to_json(f"{name}.{f.name}", getattr(self, f.name)) for f in _fields(self)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -87,18 +86,22 @@ class Constraint:
             A constraint without schedules.
         """
         values = {
-            f.name: value(step)
-            for f in _number_fields(self)
-            if callable(value := getattr(self, f.name))
+            f.name: value.at(step) if isinstance(value, Constraint) else value(step)
+            for f in _fields(self)
+            if isinstance(value := getattr(self, f.name), Constraint)
+            or (f.metadata.get("number") and callable(value))
         }
         return dataclasses.replace(cast(Any, self), **values) if values else self
 
-    def settle(self, path: str, shape: tuple[int, ...]) -> "Constraint":
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> "Constraint":
         """This constraint with its `axis`, if it has one, as axes of one leaf.
 
         Args:
             path: Path of the leaf.
             shape: Shape of the leaf.
+            layout: What the model says of the leaf, where there is one.
 
         Returns:
             A constraint whose `axis` is a tuple of non-negative ints.
@@ -106,10 +109,10 @@ class Constraint:
         Raises:
             ValueError: If the leaf does not have that axis, or `"fan_in"` is not certain.
         """
-        if not _has_axis(self):
+        if not any(f.name == "axis" for f in _fields(self)):
             return self
         this = cast(Any, self)
-        axis = settle_axis(type(self).__name__, this.axis, shape, path)
+        axis = settle_axis(type(self).__name__, this.axis, shape, path, layout)
         return dataclasses.replace(this, axis=axis)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
@@ -188,6 +191,12 @@ class FunctionConstraint(Constraint):
 Identifier: TypeAlias = Constraint | type | str | Mapping[str, Any] | Projection
 
 
+def as_constraint(identifier: Any) -> Constraint | None:
+    """What `get` returns, with plain functions as constraints, too."""
+    thing = get(identifier)
+    return thing if thing is None or isinstance(thing, Constraint) else FunctionConstraint(thing)
+
+
 def number(default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field for a number: Python, JAX (also traced), or an Optax schedule.
 
@@ -200,16 +209,8 @@ def number(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"number": True})
 
 
-def _number_fields(constraint: Constraint) -> list[dataclasses.Field]:
-    if not dataclasses.is_dataclass(constraint):
-        return []
-    return [f for f in dataclasses.fields(constraint) if f.metadata.get("number")]
-
-
-def _has_axis(constraint: Constraint) -> bool:
-    return dataclasses.is_dataclass(constraint) and any(
-        f.name == "axis" for f in dataclasses.fields(constraint)
-    )
+def _fields(constraint: Constraint) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(constraint) if dataclasses.is_dataclass(constraint) else ()
 
 
 def check_number(
@@ -235,7 +236,7 @@ def check_number(
     if isinstance(value, Tracer):
         _check_scalar(what, value)
         return None
-    if callable(value):
+    if callable(value) and not isinstance(value, Constraint):
         return None
     if isinstance(value, bool) or not isinstance(
         value, (int, float, np.number, np.ndarray, jax.Array)
@@ -269,6 +270,8 @@ def _is_array(value: object) -> bool:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, Constraint):
+        return str(value)
     if isinstance(value, Tracer):
         return "traced"
     if callable(value):
@@ -291,7 +294,6 @@ _builtin: dict[type, str] = {}
 
 _KERAS_MODULE = "keras.constraints"
 _OWN_MODULE = "optax_constraints"
-_MAX_DEPTH = 32
 
 
 def register_builtin(cls: type[Constraint], *, in_keras: bool = False) -> None:
@@ -302,7 +304,10 @@ def register_builtin(cls: type[Constraint], *, in_keras: bool = False) -> None:
 
 def is_builtin(constraint: Constraint) -> bool:
     """Whether a constraint is one of the library's own, whose shapes need no check."""
-    return type(constraint) in _builtin
+    parts = (getattr(constraint, f.name) for f in _fields(constraint))
+    return type(constraint) in _builtin and all(
+        is_builtin(part) for part in parts if isinstance(part, Constraint)
+    )
 
 
 def snake_case(name: str) -> str:
@@ -467,6 +472,8 @@ def _serialize_pattern(pattern: object) -> Any:
 
 
 def _serialize_constraint(constraint: Any) -> dict[str, Any]:
+    if isinstance(constraint, FunctionConstraint):
+        constraint = constraint.function
     is_function = not isinstance(constraint, Constraint)
     definition = constraint if is_function else type(constraint)
     module = None if is_function else _builtin.get(definition)
@@ -501,6 +508,8 @@ def _config(module: str, class_name: str, config: Any, registered: str | None) -
 def _to_json(what: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Constraint):
+        return _serialize_constraint(value)
     if isinstance(value, (tuple, list)):
         return [_to_json(what, v) for v in value]
     if isinstance(value, Tracer) or callable(value):
@@ -537,12 +546,13 @@ def deserialize(config: Any) -> Any:
         >>> oc.deserialize({"class_name": "MaxNorm", "config": {"max_value": 3.0}})
         MaxNorm(max_value=3.0, axis=0)
     """
-    return _deserialize(config, 0)
+    try:
+        return _deserialize(config)
+    except RecursionError:
+        raise ValueError(f"The config {shown(config)} is nested too deep.") from None
 
 
-def _deserialize(config: Any, depth: int) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"The config is nested more than {_MAX_DEPTH} levels deep.")
+def _deserialize(config: Any) -> Any:
     if config is None or isinstance(config, str):
         return get(config)
     if isinstance(config, Mapping):
@@ -551,16 +561,16 @@ def _deserialize(config: Any, depth: int) -> Any:
         for key in config:
             if not isinstance(key, str):
                 raise TypeError(f"A config of rules has strings as keys, not {key!r}.")
-        return {key: _deserialize(value, depth + 1) for key, value in config.items()}
+        return {key: _deserialize(value) for key, value in config.items()}
     if isinstance(config, list):
-        return [_deserialize_pair(pair, depth) for pair in config]
+        return [_deserialize_pair(pair) for pair in config]
     raise TypeError(
         f"{shown(config)} is not the config of a constraint or of rules; write what "
         "serialize returned."
     )
 
 
-def _deserialize_pair(pair: Any, depth: int) -> tuple[Any, Any]:
+def _deserialize_pair(pair: Any) -> tuple[Any, Any]:
     pattern, value = _check_pair(pair)
     if isinstance(pattern, Mapping):
         try:
@@ -573,7 +583,7 @@ def _deserialize_pair(pair: Any, depth: int) -> tuple[Any, Any]:
             ) from error
     elif not isinstance(pattern, str):
         raise TypeError(f"{shown(pattern)} is not a pattern; write a string.")
-    return pattern, _deserialize(value, depth + 1)
+    return pattern, _deserialize(value)
 
 
 def _deserialize_constraint(config: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_constraints import _numerics
+from optax_constraints._axes import Layout
 from optax_constraints._rules import Binder, Rules
 
 
@@ -20,7 +21,7 @@ class ProjectState(NamedTuple):
 
 
 def project(
-    rules: Rules, *, every: int = 1, strict: bool = True
+    rules: Rules, *, every: int = 1, layout: Layout | None = None, strict: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
@@ -38,6 +39,8 @@ def project(
             leaf, or a mapping (or pairs) from pattern to constraint or None. The first
             pattern that matches a leaf wins.
         every: Project on every so many steps only; the updates between pass through.
+        layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,
+            `axis="fan_in"` is exact for every layer.
         strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
             in part.
 
@@ -62,7 +65,7 @@ def project(
         Array([0., 0., 0.], dtype=float32)
     """
     every = _check_every(every)
-    bind = Binder(rules, strict=strict)
+    bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
         bind(params)
@@ -121,7 +124,12 @@ def _check_every(every: int) -> int:
 
 
 def constrain(
-    params: Any, rules: Rules, *, step: jax.typing.ArrayLike = 0, strict: bool = True
+    params: Any,
+    rules: Rules,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    layout: Layout | None = None,
+    strict: bool = True,
 ) -> Any:
     """Projects parameters now: at init, after loading or averaging, or after each update.
 
@@ -129,6 +137,7 @@ def constrain(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see; the first update is step 0.
+        layout: As for `project`.
         strict: As for `project`.
 
     Returns:
@@ -145,7 +154,7 @@ def constrain(
         {'bias': Array([0., 2.], dtype=float32)}
     """
     leaves, treedef = jax.tree.flatten(params)
-    bound = Binder(rules, strict=strict)(params)
+    bound = Binder(rules, layout=layout, strict=strict)(params)
     return treedef.unflatten(
         leaf if (constraint := leaf_bound.at(step)) is None else constraint(jnp.asarray(leaf))
         for leaf_bound, leaf in zip(bound, leaves, strict=True)
@@ -153,7 +162,12 @@ def constrain(
 
 
 def violations(
-    params: Any, rules: Rules, *, step: jax.typing.ArrayLike = 0, strict: bool = True
+    params: Any,
+    rules: Rules,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    layout: Layout | None = None,
+    strict: bool = True,
 ) -> dict[str, jax.Array]:
     """How far each constrained leaf is from its set. Runs under `jax.jit`.
 
@@ -161,6 +175,7 @@ def violations(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
+        layout: As for `project`.
         strict: As for `project`.
 
     Returns:
@@ -177,7 +192,7 @@ def violations(
         >>> oc.violations({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array(1., dtype=float32)}
     """
-    bound = Binder(rules, strict=strict)(params)
+    bound = Binder(rules, layout=layout, strict=strict)(params)
     distances: dict[str, jax.Array] = {}
     for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True):
         if (constraint := leaf_bound.at(step)) is not None:

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_constraints._constraint import Constraint
+from optax_constraints._axes import Layout
 from optax_constraints._project import distance
-from optax_constraints._rules import Binder, Rules
+from optax_constraints._rules import Binder, Bound, Rules
 
 _WIDTH = 100
-_HEADER = ("path", "shape", "dtype", "constraint", "axis", "units", "at bound", "outside")
 _RIGHT = {"units", "at bound", "outside"}
 
 
@@ -32,22 +31,25 @@ class Row:
     """How many of them lie on the boundary of their set, once projected."""
     outside: float | None
     """Euclidean distance of the leaf to its set."""
+    layer: str | None = None
+    """Type of the layer that owns the leaf, where a layout was given."""
 
-    def _cells(self) -> tuple[str, ...]:
+    def _cells(self) -> dict[str, str]:
         def text(value: object) -> str:
             return "-" if value is None else f"{value:,}"
 
         axis = None if self.axis is None else ",".join(map(str, self.axis))
-        return (
-            self.path or "(root)",
-            "x".join(map(str, self.shape)) or "scalar",
-            self.dtype,
-            self.constraint or "free",
-            "-" if axis is None else axis or "none",
-            text(self.units),
-            text(self.at_bound),
-            "-" if self.outside is None else f"{self.outside:.3g}",
-        )
+        return {
+            "path": self.path or "(root)",
+            "layer": self.layer or "",
+            "shape": "x".join(map(str, self.shape)) or "scalar",
+            "dtype": self.dtype,
+            "constraint": self.constraint or "free",
+            "axis": "-" if axis is None else axis or "none",
+            "units": text(self.units),
+            "at bound": text(self.at_bound),
+            "outside": "-" if self.outside is None else f"{self.outside:.3g}",
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,15 @@ class Report:
         """The table, at most 100 columns wide."""
         if not self.rows:
             return "no leaves"
-        table = [_HEADER, *(row._cells() for row in self.rows)]
-        widths = _fit([max(map(len, column)) for column in zip(*table, strict=True)])
-        lines = ["  ".join(map(_cell, cells, widths, _HEADER)).rstrip() for cells in table]
-        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        table = [row._cells() for row in self.rows]
+        columns = [name for name in table[0] if name != "layer" or any(r[name] for r in table)]
+        table.insert(0, {name: name for name in columns})
+        widths = _fit({name: max(len(cells[name]) for cells in table) for name in columns})
+        lines = [
+            "  ".join(_cell(cells[name], widths[name], name) for name in columns).rstrip()
+            for cells in table
+        ]
+        lines.insert(1, "-" * (sum(widths.values()) + 2 * (len(widths) - 1)))
         return "\n".join([*lines, *self._summary()])
 
     def _summary(self) -> list[str]:
@@ -85,7 +92,12 @@ class Report:
 
 
 def report(
-    params: Any, rules: Rules, *, step: jax.typing.ArrayLike = 0, strict: bool = True
+    params: Any,
+    rules: Rules,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    layout: Layout | None = None,
+    strict: bool = True,
 ) -> Report:
     """A table of every leaf: its constraint, how hard that binds, and whether it holds.
 
@@ -96,6 +108,7 @@ def report(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
+        layout: As for `project`; the table then has a column for the type of each layer.
         strict: As for `project`.
 
     Returns:
@@ -116,38 +129,41 @@ def report(
         kernel  4x3    float32  MaxNorm(2)  0         3         3        0
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
-    bound = Binder(rules, strict=strict)(params)
+    bound = Binder(rules, layout=layout, strict=strict)(params)
     return Report(
         tuple(
-            _row(leaf_bound.path, jnp.asarray(leaf), leaf_bound.at(step))
+            _row(leaf_bound, jnp.asarray(leaf), step)
             for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True)
             if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
         )
     )
 
 
-def _row(path: str, leaf: jax.Array, constraint: Constraint | None) -> Row:
-    shape, dtype = leaf.shape, str(leaf.dtype)
+def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike) -> Row:
+    layer = bound.layout.layer if bound.layout else None
+    constraint = bound.at(step)
     if constraint is None:
-        return Row(path, shape, dtype, None, None, None, None, None)
+        return Row(
+            bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer
+        )
     at_bound = constraint.on_bound(constraint(leaf))
     return Row(
-        path,
-        shape,
-        dtype,
+        bound.path,
+        leaf.shape,
+        str(leaf.dtype),
         str(constraint),
         getattr(constraint, "axis", None),
         None if at_bound is None else at_bound.size,
         None if at_bound is None else int(at_bound.sum()),
         float(distance(leaf, constraint)),
+        layer,
     )
 
 
-def _fit(widths: list[int]) -> list[int]:
+def _fit(widths: dict[str, int]) -> dict[str, int]:
     """Takes from the path and the constraint what does not fit in the width of a page."""
-    excess = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
-    path, constraint = _HEADER.index("path"), _HEADER.index("constraint")
-    for column, least in ((path, 28), (constraint, 14), (path, 10), (constraint, 4)):
+    excess = sum(widths.values()) + 2 * (len(widths) - 1) - _WIDTH
+    for column, least in (("path", 28), ("constraint", 14), ("path", 10), ("constraint", 4)):
         taken = max(0, min(excess, widths[column] - least))
         widths[column] -= taken
         excess -= taken

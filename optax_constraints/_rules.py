@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
+from optax_constraints._axes import Layout, LeafLayout
 from optax_constraints._constraint import (
     Constraint,
-    FunctionConstraint,
     Identifier,
-    get,
+    as_constraint,
     is_builtin,
 )
 from optax_constraints._text import describe
@@ -57,6 +57,7 @@ class Bound:
 
     path: str
     constraint: Constraint | None
+    layout: LeafLayout | None = None
 
     def at(self, step: jax.typing.ArrayLike) -> Constraint | None:
         """The constraint with its schedules evaluated at a step."""
@@ -66,8 +67,9 @@ class Bound:
 class Binder:
     """Parsed rules that bind to trees, and remember the trees they were bound to."""
 
-    def __init__(self, rules: Rules, *, strict: bool = True):
+    def __init__(self, rules: Rules, *, layout: Layout | None = None, strict: bool = True):
         self._rules = parse(rules)
+        self._layout = layout
         self._strict = strict
         self._cache: dict[Any, list[Bound]] = {}
 
@@ -110,11 +112,28 @@ class Binder:
             winners.append(self._rules[matching[0]] if matching else None)
         if self._strict and leaves:
             self._check_all_used([path for path, _ in leaves], matched, won)
+            self._check_layout([path for path, _ in leaves])
         checked: set[Any] = set()
-        return [
-            Bound(path, rule and _settle(rule, path, leaf, checked))
-            for (path, leaf), rule in zip(leaves, winners, strict=True)
-        ]
+        bound = []
+        for (path, leaf), rule in zip(leaves, winners, strict=True):
+            layout = self._leaf_layout(path)
+            constraint = rule and _settle(rule, path, leaf, layout, checked)
+            bound.append(Bound(path, constraint, layout))
+        return bound
+
+    def _leaf_layout(self, path: str) -> LeafLayout | None:
+        if self._layout is None:
+            return None
+        # Linen's `init` returns the parameters under this key.
+        return self._layout.get(path) or self._layout.get(path.removeprefix("params/"))
+
+    def _check_layout(self, paths: list[str]) -> None:
+        if self._layout and not any(map(self._leaf_layout, paths)):
+            raise ValueError(
+                f"The layout knows none of the {len(paths)} leaves of this tree, such as "
+                f"{paths[0]!r}: its own are {', '.join(map(repr, list(self._layout)[:3]))} and "
+                "so on. Make it from the model that these parameters belong to."
+            )
 
     def _check_all_used(self, paths: list[str], matched: set[int], won: set[int]) -> None:
         for i, rule in enumerate(self._rules):
@@ -195,13 +214,10 @@ def _parse_pairs(pairs: list[Any], prefix: str) -> list[Rule]:
 
 def _as_constraint(value: Any, rule: Rule | None = None) -> Constraint | None:
     try:
-        thing = get(value)
+        return as_constraint(value)
     except (TypeError, ValueError) as error:
         where = f"In the rule {rule}: " if rule else ""
         raise type(error)(f"{where}{error}") from error
-    if thing is None or isinstance(thing, Constraint):
-        return thing
-    return FunctionConstraint(thing)
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -251,7 +267,9 @@ def _is_floating(leaf: Any) -> bool:
     return known is not None and jnp.issubdtype(known[1], jnp.floating)
 
 
-def _settle(rule: Rule, path: str, leaf: Any, checked: set[Any]) -> Constraint | None:
+def _settle(
+    rule: Rule, path: str, leaf: Any, layout: LeafLayout | None, checked: set[Any]
+) -> Constraint | None:
     if rule.constraint is None:
         return None
     known = _shape_and_dtype(leaf)
@@ -262,7 +280,7 @@ def _settle(rule: Rule, path: str, leaf: Any, checked: set[Any]) -> Constraint |
             f"constrained; leave it free with an earlier rule {path!r}: None."
         )
     shape, dtype = known
-    constraint = rule.constraint.settle(path, shape)
+    constraint = rule.constraint.settle(path, shape, layout)
     key = id(rule.constraint), shape, dtype
     if not is_builtin(constraint) and key not in checked:
         checked.add(key)

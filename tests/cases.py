@@ -47,6 +47,8 @@ def _within(axis: int | tuple[int, ...] | None, low: float, high: float):
     return project, outside
 
 
+_NOT_NEGATIVE = (lambda w: np.maximum(w, 0), lambda w: np.maximum(-w, 0))
+
 CASES = [
     Case(oc.max_norm(2.0), *_within(0, 0, 2)),
     Case(oc.max_norm(0.5, axis=(0, 1)), *_within((0, 1), 0, 0.5)),
@@ -55,11 +57,10 @@ CASES = [
     Case(oc.min_max_norm(0.0, 1.0, axis=-1), *_within(-1, 0, 1)),
     Case(oc.unit_norm(), *_within(0, 1, 1)),
     Case(oc.unit_norm(axis=(0, 2)), *_within((0, 2), 1, 1)),
-    Case(
-        oc.non_neg(),
-        project=lambda w: np.maximum(w, 0),
-        outside=lambda w: np.maximum(-w, 0),
-    ),
+    Case(oc.non_neg(), *_NOT_NEGATIVE),
+    Case(oc.Stacked(oc.max_norm(1.0)), *_within(1, 0, 1)),
+    Case(oc.Stacked(oc.unit_norm(), axis=(0, -1)), *_within(1, 1, 1)),
+    Case(oc.Stacked(oc.non_neg(), axis=1), *_NOT_NEGATIVE),
 ]
 
 

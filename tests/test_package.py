@@ -44,8 +44,8 @@ def test_readme_and_changelog_name_the_versions_there_are():
 
 def test_the_public_names():
     public = {name for name in vars(oc) if not name.startswith("_")}
-    classes = {"Constraint", "MaxNorm", "MinMaxNorm", "NonNeg", "UnitNorm"}
-    aliases = {"max_norm", "min_max_norm", "non_neg", "unit_norm"}
+    classes = {"Constraint", "MaxNorm", "MinMaxNorm", "NonNeg", "Stacked", "UnitNorm"}
+    aliases = {"max_norm", "min_max_norm", "non_neg", "stacked", "unit_norm"}
     verbs = {"project", "constrain", "violations", "report", "ProjectState", "Report"}
     identifiers = {"get", "serialize", "deserialize", "register"}
     submodules = {"sets"}

@@ -18,6 +18,7 @@ from optax_constraints._constraint import Constraint, Number, check_number, numb
 class _NormSet(Constraint):
     """What the sets of this family share: how a unit's norm becomes its factor."""
 
+    unitwise = True
     axis: Axis
 
     def __post_init__(self):

@@ -1,0 +1,84 @@
+"""What Flax's layers say of their own parameters; Linen and NNX share names and shapes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Parameters that are one vector of the whole layer, whatever its shape.
+_VECTORS = ("bias", "scale")
+
+
+def own_fan_in(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes along which a unit's incoming weights run, in one parameter of a layer.
+
+    Args:
+        layer: A Linen or NNX module; subclasses count as the layer they are made from.
+        name: Name of the parameter.
+        shape: Its shape, as the layer sees it.
+
+    Returns:
+        The axes, or None for a layer or a parameter that this table does not know.
+    """
+    kind = layer_type(layer)
+    batch = _batch_axes(layer, kind)
+    if name in _VECTORS and kind is not None:
+        return tuple(range(batch, len(shape)))
+    if (kind, name) == ("Embed", "embedding"):
+        return (1,)
+    if (kind, name) == ("PReLU", "negative_slope"):
+        return tuple(range(len(shape)))
+    if name != "kernel":
+        return None
+    if kind in ("Dense", "Linear"):
+        return (0,)
+    if kind in ("DenseGeneral", "LinearGeneral"):
+        axis = layer.axis
+        return tuple(range(batch, batch + (1 if isinstance(axis, int) else len(axis))))
+    if kind == "Einsum":
+        return _einsum_fan_in(layer.einsum_str)
+    if kind == "Conv":
+        return tuple(range(len(shape) - 1))
+    if kind == "ConvLocal":  # (*positions, window and in, out)
+        return (len(shape) - 2,)
+    if kind == "ConvTranspose":
+        window = tuple(range(len(shape) - 2))
+        return (*window, len(shape) - (1 if layer.transpose_kernel else 2))
+    return None
+
+
+_KNOWN = frozenset(
+    {
+        *("Dense", "Linear", "DenseGeneral", "LinearGeneral", "Einsum"),
+        *("Conv", "ConvLocal", "ConvTranspose", "Embed", "PReLU"),
+        *("LayerNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "RMSNorm"),
+    }
+)
+
+
+def layer_type(layer: Any) -> str | None:
+    """The name of the Flax layer that a module is or is made from; None for any other."""
+    for cls in type(layer).__mro__:
+        if cls.__name__ in _KNOWN and cls.__module__.split(".")[0] == "flax":
+            return cls.__name__
+    return None
+
+
+def _batch_axes(layer: Any, kind: str | None) -> int:
+    """How many leading axes of a kernel number independent layers."""
+    if kind == "DenseGeneral":
+        batch = layer.batch_dims
+        return 1 if isinstance(batch, int) else len(batch)
+    if kind == "LinearGeneral":
+        batch = layer.batch_axis
+        return len(batch) if isinstance(batch, Mapping) else 0
+    return 0
+
+
+def _einsum_fan_in(einsum_str: str | None) -> tuple[int, ...] | None:
+    """The axes of the kernel that do not appear in the output of an Einsum layer."""
+    if einsum_str is None:
+        return None
+    inputs, output = einsum_str.replace(" ", "").split("->")
+    kernel = inputs.split(",")[1]
+    if "..." in kernel:
+        return None
+    return tuple(i for i, label in enumerate(kernel) if label not in output)
