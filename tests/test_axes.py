@@ -390,8 +390,6 @@ def _stacked(layer: str, name: str) -> Callable[[], Any]:
 
 def _scanned(layer: str, name: str) -> Callable[[], Any]:
     def make() -> Any:
-        if not hasattr(jax.sharding.NamedSharding, "update"):
-            pytest.skip("the nn.scan of this Flax fails on this JAX: no NamedSharding.update")
         params = _shapes(_Scanned().init, KEY, _ones(1, 5, 2))["params"]
         ((block, layers),) = params.items()
         return {block: {layer: {name: layers[layer][name]}}}

@@ -28,7 +28,7 @@ def own_fan_in(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]
         return tuple(range(len(shape)))
     if name != "kernel":
         return None
-    if kind in ("Dense", "Linear"):
+    if kind in ("Dense", "DenseParams", "Linear"):
         return (0,)
     if kind in ("DenseGeneral", "LinearGeneral"):
         axis = layer.axis
@@ -47,7 +47,7 @@ def own_fan_in(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
 _KNOWN = frozenset(
     {
-        *("Dense", "Linear", "DenseGeneral", "LinearGeneral", "Einsum"),
+        *("Dense", "DenseParams", "Linear", "DenseGeneral", "LinearGeneral", "Einsum"),
         *("Conv", "ConvLocal", "ConvTranspose", "Embed", "PReLU"),
         *("LayerNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "RMSNorm"),
     }

@@ -1,0 +1,591 @@
+"""Constraints declared on Flax Linen layers, and a train state that applies them.
+
+Each layer here is Flax's own of that name, and takes a keyword for each of its parameters:
+`kernel_constraint=`, `bias_constraint=` and so on. What it computes, its parameters, their names
+and their initial values are those of Flax's layer, so checkpoints stay as they are. `declared`
+reads what a model's layers declare, as ordinary rules; `layout` reads which axes are a unit's
+incoming weights.
+
+Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import optax_constraints as oc
+    >>> from flax import linen as nn
+    >>> from optax_constraints.flax import linen as ocl
+    >>> model = nn.Sequential([ocl.Dense(4, kernel_constraint=oc.max_norm(1.0)), nn.Dense(1)])
+    >>> x = jnp.ones((2, 3))
+    >>> ocl.declared(model, x)
+    {'/layers_0/kernel': MaxNorm(max_value=1.0, axis=0)}
+    >>> rules, layout = ocl.declared(model, x), ocl.layout(model, x)
+    >>> tx = optax.chain(optax.adam(1e-3), oc.project(rules, layout=layout))
+    >>> state = tx.init(model.init(jax.random.key(0), x)["params"])
+"""
+
+import dataclasses
+import functools
+import glob
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import optax
+from flax import linen as nn
+from flax import struct
+from flax.core import meta
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+from optax_constraints._axes import LeafLayout
+from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._project import constrain
+from optax_constraints._rules import Rules, path_of
+from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.sets import Stacked
+
+# Layers.
+
+_SUFFIX = "_constraint"
+
+
+class _Declared:
+    """What a layer declares: (parameter, constraint) pairs.
+
+    Not a dataclass and not a tuple: Flax looks into those, and would take the arrays that a
+    constraint may hold for parts of the module.
+    """
+
+    def __init__(self, pairs: tuple[tuple[str, Constraint], ...] = ()):
+        self.pairs = pairs
+
+    def updated(self, layer: str, keywords: Mapping[str, Any]) -> "_Declared":
+        """These with the constraints that keywords of a layer add, replace or take away."""
+        pairs = dict(self.pairs)
+        for keyword, value in keywords.items():
+            name = keyword.removesuffix(_SUFFIX)
+            try:
+                constraint = as_constraint(value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{layer}: {keyword}={value!r}: {error}") from error
+            pairs.pop(name, None)
+            if constraint is not None:
+                pairs[name] = constraint
+        return _Declared(tuple(pairs.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Declared) and dict(self.pairs) == dict(other.pairs)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.pairs))
+
+    def __repr__(self) -> str:
+        return repr(dict(self.pairs))
+
+
+class _Constrained:
+    """The part that `constrained` adds to a layer: it turns keywords into the one field."""
+
+    declared_constraints: _Declared
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Linen writes a new __init__ for each subclass, also for those that nn.scan makes.
+        super().__init_subclass__(**kwargs)
+        cls.__init__ = _collecting(cls.__init__)
+
+
+def _collecting(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        fields = {field.name for field in dataclasses.fields(self)}
+        keywords = {
+            key: kwargs.pop(key)
+            for key in list(kwargs)
+            if key.endswith(_SUFFIX) and key not in fields
+        }
+        if keywords:
+            before = kwargs.get("declared_constraints", _Declared())
+            kwargs["declared_constraints"] = before.updated(type(self).__name__, keywords)
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+@functools.cache
+def constrained(layer: Any) -> Any:
+    """A Linen layer that takes a constraint for each of its parameters.
+
+    The layer computes what it did: name, parameters, initial values and outputs are the same.
+    Its constructor also takes `<parameter>_constraint=`, whose value is anything that
+    `optax_constraints.get` accepts. Nothing happens until `declared` reads it.
+
+    On a layer made of layers the keyword holds for every parameter of that name inside it,
+    other than those of a layer that declares its own. In recurrent cells `kernel_constraint` is
+    for the input's kernels, and `recurrent_kernel_constraint` for those of the hidden state.
+
+    Args:
+        layer: A Linen module class: one of Flax's, or of your own. It works as a decorator.
+
+    Returns:
+        A subclass of the same name; the same one each time.
+
+    Raises:
+        TypeError: If `layer` is no Linen module class.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from optax_constraints.flax.linen import constrained, declared
+        >>> @constrained
+        ... class Scale(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return x * self.param("factor", nn.initializers.ones, x.shape[-1:])
+        >>> declared(Scale(factor_constraint="non_neg"), jnp.ones((2, 3)))
+        {'/factor': NonNeg()}
+    """
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise TypeError(f"constrained takes a Linen module class, not {layer!r}.")
+    if issubclass(layer, _Constrained):
+        return layer
+    own = layer.__module__.split(".")[0] == "flax"
+    body = {
+        "__module__": __name__ if own else layer.__module__,
+        "__qualname__": layer.__qualname__,
+        "__doc__": f"Flax's `{layer.__name__}`, as `constrained` makes it."
+        if own
+        else layer.__doc__,
+        "__annotations__": {"declared_constraints": _Declared},
+        "declared_constraints": dataclasses.field(default=_Declared(), kw_only=True),
+    }
+    return type(layer.__name__, (_Constrained, layer), body)
+
+
+Dense = constrained(nn.Dense)
+DenseGeneral = constrained(nn.DenseGeneral)
+Einsum = constrained(nn.Einsum)
+Conv = constrained(nn.Conv)
+ConvTranspose = constrained(nn.ConvTranspose)
+ConvLocal = constrained(nn.ConvLocal)
+Embed = constrained(nn.Embed)
+LayerNorm = constrained(nn.LayerNorm)
+BatchNorm = constrained(nn.BatchNorm)
+GroupNorm = constrained(nn.GroupNorm)
+RMSNorm = constrained(nn.RMSNorm)
+MultiHeadDotProductAttention = constrained(nn.MultiHeadDotProductAttention)
+MultiHeadAttention = constrained(nn.MultiHeadAttention)
+SelfAttention = constrained(nn.SelfAttention)
+LSTMCell = constrained(nn.LSTMCell)
+OptimizedLSTMCell = constrained(nn.OptimizedLSTMCell)
+GRUCell = constrained(nn.GRUCell)
+SimpleCell = constrained(nn.SimpleCell)
+PReLU = constrained(nn.PReLU)
+
+
+# Reading a model.
+
+
+def declared(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Constraint]:
+    """What the layers of a model declare, as rules for `variables["params"]`.
+
+    Cost: the model is traced once, as by `jax.eval_shape`; nothing is computed.
+
+    Args:
+        model: The model, not bound to variables.
+        *args: An example of what it is called with; arrays may be `jax.ShapeDtypeStruct`.
+        **kwargs: The same by name, such as `train=False`. `method=` names another method than
+            `__call__`, as for `model.init`.
+
+    Returns:
+        For each constrained parameter its path, with a leading `/`, and the constraint. Where
+        layers are stacked, as by `nn.scan` or `nn.vmap`, the constraint is `Stacked`: each
+        layer is constrained by itself.
+
+    Raises:
+        ValueError: If a layer declares a constraint for a parameter that it does not have, or
+            a parameter is not the one that its layer made, so that its axes cannot be told.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> from optax_constraints.flax import linen as ocl
+        >>> cell = ocl.SimpleCell(3, recurrent_kernel_constraint=oc.unit_norm())
+        >>> ocl.declared(cell, jnp.ones((1, 3)), jnp.ones((1, 2)))
+        {'/h/kernel': UnitNorm(axis=0)}
+    """
+    trace = _trace(model, args, kwargs)
+    for layer in trace.layers:
+        layer.check(trace.leaves)
+    rules: dict[str, Constraint] = {}
+    for path, leaf in trace.leaves.items():
+        around = [layer for layer in trace.layers if layer.holds(leaf)]
+        if around:
+            constraint = dict(max(around, key=_Layer.depth).constraints)[leaf.kind]
+            stacked = leaf.layout(path).stacked
+            if stacked:
+                constraint = Stacked(constraint, stacked[0] if len(stacked) == 1 else stacked)
+            # Names may hold what a pattern would read as a wildcard.
+            rules["/" + glob.escape(path)] = constraint
+    return rules
+
+
+def layout(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LeafLayout]:
+    """What a model says of the axes of each leaf of `variables["params"]`.
+
+    Given to `project` and the other verbs, it makes `axis="fan_in"` certain for every layer of
+    Flax. Cost: as for `declared`.
+
+    Args:
+        model: As for `declared`.
+        *args: As for `declared`.
+        **kwargs: As for `declared`.
+
+    Returns:
+        For the path of each leaf its layer's type, the axes of the leaf along which a unit's
+        incoming weights run (None in a layer that is not Flax's), and those along which layers
+        are stacked.
+
+    Raises:
+        ValueError: If a parameter is not the one that its layer made, so that its axes cannot
+            be told.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from optax_constraints.flax.linen import layout
+        >>> layout(nn.Dense(3, use_bias=False), jnp.ones((1, 2)))
+        {'kernel': LeafLayout(layer='Dense', fan_in=(0,), stacked=())}
+    """
+    leaves = _trace(model, args, kwargs).leaves
+    return {path: leaf.layout(path) for path, leaf in leaves.items()}
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """One parameter, as the layer that owns it sees it."""
+
+    owner: tuple[str, ...]
+    layer: str
+    kind: str
+    """The keyword that constrains it, without its ending."""
+    own_shape: tuple[int, ...]
+    own_fan_in: tuple[int, ...] | None
+    axes: tuple[int | None, ...] = ()
+    """For each axis of the leaf the axis that the layer sees, or None for a stack of layers."""
+    shape: tuple[int, ...] = ()
+
+    def layout(self, path: str) -> LeafLayout:
+        """The axes of the leaf."""
+        own = [(a, self.shape[i]) for i, a in enumerate(self.axes) if a is not None]
+        if len(self.axes) != len(self.shape) or own != list(enumerate(self.own_shape)):
+            raise ValueError(
+                f"The axes of {path!r} cannot be told: its layer {self.layer} made shape "
+                f"{self.own_shape}, and the model has shape {self.shape}, which comes from "
+                "something other than nn.scan or nn.vmap. Write a rule of your own for it, "
+                f"with its axes, such as {{{'/' + path!r}: max_norm(2.0, axis=0)}}."
+            )
+        fan_in = self.own_fan_in
+        return LeafLayout(
+            self.layer,
+            None if fan_in is None else tuple(i for i, a in enumerate(self.axes) if a in fan_in),
+            tuple(i for i, a in enumerate(self.axes) if a is None),
+        )
+
+
+class _Layer(NamedTuple):
+    """A layer that declares constraints."""
+
+    path: tuple[str, ...]
+    name: str
+    constraints: tuple[tuple[str, Constraint], ...]
+
+    def depth(self) -> int:
+        return len(self.path)
+
+    def around(self, leaf: _Leaf) -> bool:
+        return leaf.owner[: len(self.path)] == self.path
+
+    def holds(self, leaf: _Leaf) -> bool:
+        return self.around(leaf) and leaf.kind in dict(self.constraints)
+
+    def check(self, leaves: Mapping[str, _Leaf]) -> None:
+        """Raises if a keyword is for a parameter that the layer does not have."""
+        has = sorted({leaf.kind for leaf in leaves.values() if self.around(leaf)})
+        for name, constraint in self.constraints:
+            if name not in has:
+                where = repr("/".join(self.path)) if self.path else "the model itself"
+                known = ", ".join(kind + _SUFFIX + "=" for kind in has) or "none"
+                raise ValueError(
+                    f"{where} ({self.name}) was given {name}{_SUFFIX}={constraint!r}, and has no "
+                    f"parameter {name!r}. Its parameters take {known}; leave this one out, or "
+                    "switch the parameter on, as by use_bias=True."
+                )
+
+
+class _Axes(struct.PyTreeNode, meta.AxisMetadata[Any]):
+    """A parameter on its way out of transformed layers, which tell it of each axis they add."""
+
+    value: Any
+    axes: tuple[int | None, ...] = struct.field(pytree_node=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Tied layers read each other's variables as if they were bare.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.value, name)
+
+    def __jax_array__(self) -> Any:
+        return self.value
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Any:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Any) -> Any:
+        at = index % (len(self.axes) + 1)
+        return self.replace(axes=(*self.axes[:at], None, *self.axes[at:]))
+
+    def remove_axis(self, index: int, params: Any) -> Any:
+        at = index % len(self.axes)
+        return self.replace(axes=self.axes[:at] + self.axes[at + 1 :])
+
+
+class _Trace:
+    """What the methods of a model's layers show, one after the other, while it is traced."""
+
+    def __init__(self) -> None:
+        # A number never comes back, as the address of an object does.
+        self.number = next(_numbers)
+        self.leaves: dict[str, _Leaf] = {}
+        self.layers: list[_Layer] = []
+
+    def __call__(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        """Calls a method, then looks at its layer."""
+        result = next_fun(*args, **kwargs)
+        scope = context.module.scope
+        # A model may run another one by itself, whose parameters are no part of it.
+        if scope is not None and scope.get_flag(_FLAG, None) == self.number:
+            self._look(context.module, scope)
+        return result
+
+    def _look(self, module: nn.Module, scope: flax.core.Scope) -> None:
+        if isinstance(module, _Constrained) and module.declared_constraints.pairs:
+            layer = _Layer(module.path, type(module).__name__, module.declared_constraints.pairs)
+            if layer not in self.layers:
+                self.layers.append(layer)
+        if not scope.is_mutable_collection("params"):
+            return
+        # Inside nn.scan, nn.vmap and the like, parameters are boxed to learn of the axes they
+        # get on the way out; outside, a model may look at the bare ones.
+        transformed = scope.debug_path != scope.path
+        for name, value in dict(module.variables.get("params", {})).items():
+
+            def seen(keys: Any, leaf: Any, name: str = name) -> Any:
+                path = "/".join(filter(None, (*module.path, name, path_of(keys))))
+                boxed = isinstance(leaf, _Axes)
+                bare = leaf.value if boxed else meta.unbox(leaf)
+                if path not in self.leaves:
+                    # Layers inside this one have returned before: what is new is its own.
+                    self.leaves[path] = _own(module, name, bare, whole=not keys)
+                axes = tuple(leaf.axes if boxed else range(bare.ndim))
+                if transformed:
+                    return _Axes(bare, axes)
+                self.leaves[path].axes = self.leaves[path].axes or axes
+                return bare if boxed else leaf
+
+            new = jax.tree_util.tree_map_with_path(seen, value, is_leaf=meta.is_axis_metadata)
+            scope.put_variable("params", name, new)
+
+
+_FLAG = "optax_constraints"
+_numbers = itertools.count()
+
+
+def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> _Leaf:
+    """A parameter that a layer has just made; `whole` unless it is a part of one."""
+    layer = layer_type(module) or type(module).__name__
+    fan_in = own_fan_in(module, name, value.shape) if whole else None
+    return _Leaf(module.path, layer, _kind(module, name), value.shape, fan_in)
+
+
+_CELLS = frozenset(
+    ["LSTMCell", "OptimizedLSTMCell", "GRUCell", "MGUCell", "SimpleCell", "ConvLSTMCell"]
+)
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    """The name of the parameter, or `recurrent_kernel` for kernels of a cell's hidden state."""
+    in_cell = any(
+        cls.__name__ in _CELLS and cls.__module__.split(".")[0] == "flax"
+        for cls in type(module.parent).__mro__
+    )
+    if in_cell and name == "kernel" and (module.name or "").startswith("h"):
+        return "recurrent_kernel"
+    return name
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
+    """Traces the initialisation of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r} is not a Linen module; write declared(model, x).")
+    trace = _Trace()
+    kwargs = dict(kwargs)
+    method = kwargs.pop("method", None) or "__call__"
+    # Only arrays are traced: `train=True` must stay what it is.
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def run(scope: flax.core.Scope, arrays: list[Any]) -> None:
+        rest = iter(arrays)
+        filled = [
+            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        ]
+        args, kwargs = treedef.unflatten(filled)
+        bound = model.clone(parent=scope)
+        if isinstance(method, str):
+            getattr(bound, method)(*args, **kwargs)
+        else:
+            method(bound, *args, **kwargs)
+
+    # The flag also keeps nn.jit from taking a layer out of its cache, unseen.
+    flags = {_FLAG: trace.number}
+    init = flax.core.init(run, mutable=flax.core.DenyList("intermediates"), flags=flags)
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    with nn.intercept_methods(trace):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rngs = dict.fromkeys(("params", "dropout", "default"), key)
+        _, variables = jax.eval_shape(init, rngs, arrays)
+    found, trace.leaves = trace.leaves, {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(
+        variables.get("params", {}), is_leaf=lambda leaf: isinstance(leaf, _Axes)
+    )[0]:
+        path = path_of(keys)
+        if path not in found:
+            raise ValueError(
+                f"{path!r} was made outside of the methods of {type(model).__name__} and its "
+                "layers, so nothing is known of it. Write rules by path for this model."
+            )
+        axes = found[path].axes
+        if isinstance(leaf, _Axes):
+            leaf, axes = leaf.value, leaf.axes
+        trace.leaves[path] = dataclasses.replace(found[path], axes=axes, shape=leaf.shape)
+    return trace
+
+
+# Training.
+
+
+class _ById:
+    """Holds what does not hash, such as rules, in a static field of a pytree."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState`, whose parameters are in their sets after each step.
+
+    `apply_gradients` projects what `optax.apply_updates` returns, so the parameters are the
+    projections to the bit; `project` in the optimizer has to go through a difference. Use one
+    of the two. Schedules in the rules see `step` as it was before the step.
+
+    Cost: one pass over each constrained leaf for an elementwise set, two for a norm.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import optax_constraints as oc
+        >>> from optax_constraints.flax import linen as ocl
+        >>> model, x = ocl.Dense(1, kernel_constraint=oc.non_neg()), jnp.ones((2, 2))
+        >>> state = ocl.TrainState.create(
+        ...     apply_fn=model.apply,
+        ...     params=model.init(jax.random.key(0), x)["params"],
+        ...     tx=optax.sgd(9.0),
+        ...     rules=ocl.declared(model, x),
+        ... )
+        >>> grads = jax.grad(lambda p: state.apply_fn({"params": p}, x).sum())(state.params)
+        >>> state.apply_gradients(grads=grads).params["kernel"]
+        Array([[0.],
+               [0.]], dtype=float32)
+    """
+
+    rules: Any = struct.field(pytree_node=False, kw_only=True)
+    """As for `project`, in a box, since static fields must hash."""
+    layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
+    """As for `project`, in a box."""
+
+    def __post_init__(self) -> None:
+        for name in ("rules", "layout"):
+            value = getattr(self, name)
+            if not isinstance(value, _ById):
+                object.__setattr__(self, name, _ById(value))
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """Updates the parameters, then projects them.
+
+        Args:
+            grads: Gradients, a tree like `params`.
+            **kwargs: Other fields to replace.
+
+        Returns:
+            The state after the step.
+        """
+        new = super().apply_gradients(grads=grads, **kwargs)
+        params = _constrained_params(new.params, self.rules, self.layout, self.step)
+        return new.replace(params=params)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        tx: optax.GradientTransformation,
+        rules: Rules = None,
+        layout: Mapping[str, LeafLayout] | None = None,
+        **kwargs: Any,
+    ) -> "TrainState":
+        """Makes a state at step 0. The parameters stay as they are until the first step.
+
+        Args:
+            apply_fn: Usually `model.apply`.
+            params: `variables["params"]`.
+            tx: The optimizer.
+            rules: As for `project`; usually `declared(model, x)`.
+            layout: As for `project`; usually `layout(model, x)`.
+            **kwargs: Fields of a subclass.
+
+        Returns:
+            The state.
+
+        Raises:
+            TypeError: If a rule names a leaf that is not floating-point.
+            ValueError: If there are no rules, a rule matches no leaf, or a leaf does not have
+                the axis asked for.
+        """
+        if rules is None:
+            raise ValueError(
+                "TrainState.create needs the constraints; write rules=declared(model, x), rules "
+                'by path such as rules={"kernel": max_norm(2.0)}, or rules={} for none.'
+            )
+        held = _ById(rules), _ById(layout)
+        jax.eval_shape(lambda params: _constrained_params(params, *held, 0), params)
+        return super().create(
+            apply_fn=apply_fn, params=params, tx=tx, rules=held[0], layout=held[1], **kwargs
+        )
+
+
+def _constrained_params(params: Any, rules: _ById, layout: _ById, step: Any) -> Any:
+    if OVERWRITE_WITH_GRADIENT in params:  # Flax keeps scales of float8 beside the parameters.
+        inner = _constrained_params(params["params"], rules, layout, step)
+        return {**params, "params": inner}
+    return constrain(params, rules.value, layout=layout.value, step=step)
