@@ -83,10 +83,13 @@ def settle_axis(
     if axis == "fan_in":
         if layout is None:
             return _fan_in(where, path, shape)
-        if layout.fan_in is not None:
-            return layout.fan_in
-        own = _fan_in(where, path, drop_axes(shape, layout.stacked))
-        return insert_axes(own, layout.stacked)
+        if layout.fan_in is None:
+            raise ValueError(
+                f"{where}: axis='fan_in' cannot be told: the layout does not know the axes of "
+                f"this parameter of a {layout.layer}. Write the axes of one unit's incoming "
+                f"weights, such as axis={_example(len(shape))}."
+            )
+        return layout.fan_in
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     rank = len(shape)
     if rank == 0 and axes:

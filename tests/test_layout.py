@@ -64,12 +64,11 @@ def test_paths_under_the_key_of_linen():
     assert (row.path, row.layer, row.axis) == ("params/stem/kernel", "Conv", (0, 1, 2))
 
 
-def test_a_parameter_that_the_layout_does_not_know_is_told_by_name():
-    layout = {"kernel": LeafLayout("Mine", None, (0,))}
-    row = oc.report(
-        {"kernel": leaf(6, 4, 4)}, {"kernel": oc.max_norm(1.0, axis="fan_in")}, layout=layout
-    ).rows[0]
-    assert row.axis == (1,)
+def test_axes_that_the_layout_does_not_know_are_not_guessed_by_name():
+    layout = {"kernel": LeafLayout("Mine", None)}
+    rules = {"kernel": oc.max_norm(1.0, axis="fan_in")}
+    with pytest.raises(ValueError, match="does not know the axes of this parameter of a Mine"):
+        oc.constrain({"kernel": leaf(4, 3)}, rules, layout=layout)
 
 
 def test_the_report_shows_the_layer():

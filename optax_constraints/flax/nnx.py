@@ -133,7 +133,8 @@ def constrained(layer: type[nnx.Module]) -> Any:
 
     body = {
         "__init__": __init__,
-        "__doc__": f"{layer.__doc__ or layer.__name__}\n\nTakes `<parameter>_constraint=` too.",
+        # Not the text of `layer`: its examples would be run again as doctests of this one.
+        "__doc__": f"`{layer.__module__}.{layer.__name__}` that takes `<parameter>_constraint=`.",
         "__module__": __name__ if layer.__module__.startswith("flax.") else layer.__module__,
         "__qualname__": layer.__qualname__,
         "_takes_constraints": True,
