@@ -153,8 +153,13 @@ def constrain(
         >>> oc.constrain({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array([0., 2.], dtype=float32)}
     """
+    return constrain_bound(params, Binder(rules, layout=layout, strict=strict), step)
+
+
+def constrain_bound(params: Any, bind: Binder, step: jax.typing.ArrayLike) -> Any:
+    """`constrain` with rules that may remember this tree from the last time."""
     leaves, treedef = jax.tree.flatten(params)
-    bound = Binder(rules, layout=layout, strict=strict)(params)
+    bound = bind(params)
     return treedef.unflatten(
         leaf if (constraint := leaf_bound.at(step)) is None else constraint(jnp.asarray(leaf))
         for leaf_bound, leaf in zip(bound, leaves, strict=True)

@@ -761,3 +761,21 @@ def test_train_state_says_what_is_wrong_when_it_is_made():
         make_state(rules=None)
     with pytest.raises(ValueError, match=r"matches no leaf"):
         make_state(rules={"kernal": oc.non_neg()})
+
+
+def test_eager_steps_do_not_bind_again():
+    seen = []
+
+    def is_bias(path, leaf):
+        seen.append(path)
+        return path == "bias"
+
+    params = {"kernel": jnp.ones((2, 2)), "bias": -jnp.ones(2)}
+    state = ocl.TrainState.create(
+        apply_fn=lambda: None, params=params, tx=optax.sgd(0.1), rules=((is_bias, oc.non_neg()),)
+    )
+    asked = len(seen)
+    for _ in range(3):
+        state = state.apply_gradients(grads=params)
+    assert np.all(np.asarray(state.params["bias"]) >= 0)
+    assert len(seen) == asked == 2

@@ -878,3 +878,19 @@ def test_the_optimizer_says_what_to_write():
         onnx.Optimizer(model, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"'kernal' matches no leaf"):
         onnx.Optimizer(model, optax.sgd(0.1), rules={"kernal": "non_neg"})
+
+
+def test_eager_updates_do_not_bind_again():
+    seen = []
+
+    def is_bias(path: str, leaf: Any) -> bool:
+        seen.append(path)
+        return path == "bias"
+
+    model = onnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = onnx.Optimizer(model, optax.sgd(0.1), rules=[(is_bias, oc.non_neg())])
+    asked = len(seen)
+    for _ in range(3):
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    np.testing.assert_array_equal(model.bias[...], 0)
+    assert len(seen) == asked == 2

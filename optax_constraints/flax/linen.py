@@ -38,8 +38,8 @@ from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint, as_constraint
-from optax_constraints._project import constrain
-from optax_constraints._rules import Rules, path_of
+from optax_constraints._project import constrain_bound
+from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.sets import Stacked
 
@@ -487,6 +487,13 @@ class _ById:
 
     def __init__(self, value: Any):
         self.value = value
+        self._binder: tuple[Any, Binder] | None = None
+
+    def binder(self, layout: "_ById") -> Binder:
+        """These rules with a layout, as one binder that remembers the trees it saw."""
+        if self._binder is None or self._binder[0] is not layout:
+            self._binder = layout, Binder(self.value, layout=layout.value)
+        return self._binder[1]
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -588,4 +595,4 @@ def _constrained_params(params: Any, rules: _ById, layout: _ById, step: Any) -> 
     if OVERWRITE_WITH_GRADIENT in params:  # Flax keeps scales of float8 beside the parameters.
         inner = _constrained_params(params["params"], rules, layout, step)
         return {**params, "params": inner}
-    return constrain(params, rules.value, layout=layout.value, step=step)
+    return constrain_bound(params, rules.binder(layout), step)

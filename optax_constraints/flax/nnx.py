@@ -37,7 +37,7 @@ from flax import nnx
 
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint, as_constraint
-from optax_constraints._project import constrain
+from optax_constraints._project import constrain_bound
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints._text import describe, shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
@@ -443,14 +443,6 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
 _layout_of = layout
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sets:
-    """Rules and layout, as one static attribute that compares by identity."""
-
-    rules: Any
-    layout: Layout
-
-
 class Optimizer(nnx.Optimizer):
     """`nnx.Optimizer` after whose update the parameters of the model are in their sets.
 
@@ -509,8 +501,9 @@ class Optimizer(nnx.Optimizer):
                     "constraints.flax.nnx.Linear(2, 3, kernel_constraint=max_norm(2.0), "
                     'rngs=rngs), or write Optimizer(..., rules={"kernel": max_norm(2.0)}).'
                 )
-        self._sets = _Sets(rules, _layout_of(model) if layout is None else layout)
-        Binder(self._sets.rules, layout=self._sets.layout)(params)  # raises if they do not fit
+        # A static attribute, which hashes by identity.
+        self._bind = Binder(rules, layout=_layout_of(model) if layout is None else layout)
+        self._bind(params)  # raises if the rules do not fit
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model and the optimizer's state, and projects the parameters.
@@ -526,8 +519,7 @@ class Optimizer(nnx.Optimizer):
         # Unsigned in NNX; schedules subtract from it.
         step = jnp.asarray(self.step[...], jnp.int32)
         updates = super().update(model, grads, **kwargs)
-        params, sets = nnx.state(model, self.wrt), self._sets
-        nnx.update(model, constrain(params, sets.rules, step=step, layout=sets.layout))
+        nnx.update(model, constrain_bound(nnx.state(model, self.wrt), self._bind, step))
         return updates
 
 
