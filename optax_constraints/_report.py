@@ -161,12 +161,14 @@ def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike) -> Row:
 
 
 def _fit(widths: dict[str, int]) -> dict[str, int]:
-    """Takes from the path and the constraint what does not fit in the width of a page."""
+    """Takes from the columns of text, in this order, what does not fit in a page's width."""
     excess = sum(widths.values()) + 2 * (len(widths) - 1) - _WIDTH
-    for column, least in (("path", 28), ("constraint", 14), ("path", 10), ("constraint", 4)):
-        taken = max(0, min(excess, widths[column] - least))
-        widths[column] -= taken
-        excess -= taken
+    least = [("path", 28), ("constraint", 12), ("layer", 8), ("path", 10), ("constraint", 4)]
+    for column, width in least:
+        taken = max(0, min(excess, widths.get(column, 0) - width))
+        if taken:
+            widths[column] -= taken
+            excess -= taken
     return widths
 
 
@@ -178,12 +180,18 @@ def _cell(text: str, width: int, column: str) -> str:
 
 
 def _shorten_path(path: str, width: int) -> str:
-    """Cuts the middles of long segments, whose ends tell one layer from another."""
+    """Cuts the middles of long segments, whose ends tell one layer from another.
+
+    The last two, as in `query/kernel`, are cut only if it cannot be helped.
+    """
     segments = path.split("/")
-    for longest in range(max(map(len, segments)), 2, -1):
-        short = "/".join(_cut(segment, longest, tail=longest // 2) for segment in segments)
-        if len(short) <= width:
-            return short
+    for whole in (2, 0):
+        cut, kept = segments[: len(segments) - whole], segments[len(segments) - whole :]
+        for longest in range(max(map(len, cut), default=0), 3, -1):
+            tail = max(longest // 2, min(3, longest - 2))
+            short = "/".join([*(_cut(segment, longest, tail) for segment in cut), *kept])
+            if len(short) <= width:
+                return short
     return _cut(path, width, tail=width - 1)
 
 
