@@ -27,7 +27,8 @@ def project(
 
     It goes last in a chain, and replaces each update `u` of a parameter `p` by
     ``P(p + u) - p``, where `P` is the projection that `rules` assign to `p`. Parameters
-    without a constraint get their updates as they came.
+    without a constraint get their updates as they came. Start from `constrain(params, rules)`:
+    beside weights that are larger than allowed by 1 / eps, the difference loses its target.
 
     Cost: one pass over each constrained leaf for an elementwise set, which fuses with the
     optimizer; two for a norm. An update has to be a difference, so a norm reads `p` once
