@@ -341,7 +341,7 @@ def test_updates_keep_their_dtype_unless_the_sum_is_wider(params, updates, resul
 
 
 def test_norms_of_float64_are_taken_in_float64():
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    if not jax.config.jax_enable_x64:
         pytest.skip("needs JAX_ENABLE_X64=1: the second run of `make test` has it")
     w = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
     for scale in (1.0, 1e200, 1e-200):
