@@ -65,6 +65,21 @@ CASES: dict[str, Case] = {
     "Conv": Case(
         lambda lib, **k: lib.Conv(3, (2, 2), **k), (IMAGE,), {"kernel": (0, 1, 2), "bias": (0,)}
     ),
+    "Conv in 1D": Case(
+        lambda lib, **k: lib.Conv(3, (2,), **k), (SEQ,), {"kernel": (0, 1), "bias": (0,)}, "Conv"
+    ),
+    "Conv in 3D": Case(
+        lambda lib, **k: lib.Conv(3, (2, 2, 2), **k),
+        (numbers(1, 3, 3, 3, 2),),
+        {"kernel": (0, 1, 2, 3), "bias": (0,)},
+        "Conv",
+    ),
+    "Conv in depth": Case(
+        lambda lib, **k: lib.Conv(4, (2, 2), feature_group_count=2, **k),
+        (IMAGE,),
+        {"kernel": (0, 1, 2), "bias": (0,)},
+        "Conv",
+    ),
     "ConvTranspose": Case(
         lambda lib, **k: lib.ConvTranspose(3, (2, 2), transpose_kernel=True, **k),
         (IMAGE,),

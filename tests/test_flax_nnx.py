@@ -118,6 +118,13 @@ CASES = [
     Case(
         "Conv", make(2, 4, kernel_size=(3,), feature_group_count=2), on(1, 6, 2), *kernel_bias(0, 1)
     ),
+    Case("Conv", make(2, 3, kernel_size=(2, 2, 2)), on(1, 3, 3, 3, 2), *kernel_bias(0, 1, 2, 3)),
+    Case(
+        "Conv",
+        make(2, 4, kernel_size=(3, 3), feature_group_count=2),
+        on(1, 5, 5, 2),
+        *kernel_bias(0, 1, 2),
+    ),
     Case("ConvTranspose", make(2, 4, kernel_size=(3, 5)), on(1, 6, 6, 2), *kernel_bias(0, 1, 2)),
     Case(
         "ConvTranspose",
