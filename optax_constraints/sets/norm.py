@@ -6,6 +6,7 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -132,11 +133,11 @@ class MaxNorm(_NormSet):
 
         Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
         a second pass waits long. So entries count as `_square_limit` at most here, which is
-        above 1e15 for any leaf in float32. Beyond, the result is still in the set, with the
+        above 1e15 for a unit of up to 4 million weights in float32. Beyond, the result is still in the set, with the
         signs of the sum, but not the nearest point.
         """
         wide, axis = self._widen(params)
-        limit = _square_limit(wide.dtype, wide.size)
+        limit = _square_limit(wide.dtype, math.prod(wide.shape[a] for a in axis))
         # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
         # optimizer's arithmetic and keeps the result for both passes.
         wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -limit, limit)
