@@ -133,8 +133,8 @@ class MaxNorm(_NormSet):
 
         Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
         a second pass waits long. So entries count as `_square_limit` at most here, which is
-        above 1e15 for a unit of up to 4 million weights in float32. Beyond, the result is still in the set, with the
-        signs of the sum, but not the nearest point.
+        above 1e15 for a unit of up to 4 million weights in float32. Beyond, the result is
+        still in the set, with the signs of the sum, but not the nearest point.
         """
         wide, axis = self._widen(params)
         limit = _square_limit(wide.dtype, math.prod(wide.shape[a] for a in axis))
