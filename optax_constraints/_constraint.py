@@ -127,28 +127,33 @@ class Constraint:
         del w
         return None
 
-    def update(self, params: jax.Array, updates: jax.Array) -> jax.Array:
+    def update(
+        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The update that takes one leaf to the projection of ``params + updates``.
 
         Args:
             params: The weights as they are.
             updates: The update, of the same shape.
+            after: A scalar of the leaf before this one. A set may make its result depend on it,
+                so that leaves are projected one after the other and share their memory.
 
         Returns:
-            ``P(params + updates) - params``, in the wider dtype of the two.
+            ``P(params + updates) - params``, in the wider dtype of the two, and a scalar for
+            the leaf that comes next.
         """
         dtype = jnp.promote_types(params.dtype, updates.dtype)
         target = self(jnp.asarray(params + updates).astype(params.dtype))
         delta = target.astype(dtype) - params.astype(dtype)
         if not self.elementwise:
-            return delta
+            return delta, after
         # p + (t - p) can round to a neighbour of t that is outside the set. One step of the
         # update towards the set is enough to bring the sum back in.
         reached = jnp.asarray(params + delta).astype(params.dtype)
         allowed = self(reached)
         towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(dtype)
         outside = (allowed > reached) | (allowed < reached)
-        return jnp.where(outside, jnp.nextafter(delta, towards), delta)
+        return jnp.where(outside, jnp.nextafter(delta, towards), delta), after
 
     def _key(self) -> Hashable:
         """What equality and hashing compare: the fields, or the object itself."""

@@ -32,8 +32,8 @@ def project(
 
     Cost: one pass over each constrained leaf for an elementwise set, which fuses with the
     optimizer; two for a norm. An update has to be a difference, so a norm reads `p` once
-    more than `constrain` after `optax.apply_updates` does, and keeps one more leaf in
-    memory: `make bench` shows what that is in a training step. The state is one integer.
+    more than `constrain` after `optax.apply_updates` does: `make bench` shows what that is
+    in a training step. The state is one integer.
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point
@@ -83,12 +83,13 @@ def project(
         bound = bind(params)
 
         def projected(given: list[Any]) -> list[Any]:
-            return [
-                u
-                if (constraint := leaf_bound.at(state.count)) is None or _is_absent(u)
-                else constraint.update(jnp.asarray(p), jnp.asarray(u))
-                for leaf_bound, p, u in zip(bound, leaves, given, strict=True)
-            ]
+            new, before = [], None
+            for leaf_bound, p, u in zip(bound, leaves, given, strict=True):
+                constraint = leaf_bound.at(state.count)
+                if constraint is not None and not _is_absent(u):
+                    u, before = constraint.update(jnp.asarray(p), jnp.asarray(u), before)
+                new.append(u)
+            return new
 
         if every == 1:
             new = projected(given)

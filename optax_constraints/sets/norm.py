@@ -6,6 +6,7 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -128,7 +129,9 @@ class MaxNorm(_NormSet):
         """The units whose norm is the bound, up to rounding."""
         return _reaches(self._norm(w), self.max_value, w.dtype)
 
-    def update(self, params: jax.Array, updates: jax.Array) -> jax.Array:
+    def update(
+        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The update of one leaf, without the second pass that huge norms need.
 
         Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
@@ -138,13 +141,16 @@ class MaxNorm(_NormSet):
         """
         wide, axis = self._widen(params)
         limit = _square_limit(wide.dtype, math.prod(wide.shape[a] for a in axis))
+        turn = limit if after is None else _wait(after, limit)
         # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
         # optimizer's arithmetic and keeps the result for both passes.
-        wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -limit, limit)
+        wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -turn, turn)
         norm = jnp.sqrt(_numerics.sum_of_squares(wide, axis))
-        target = (wide * self._scale(norm)).astype(params.dtype)
+        scale = self._scale(norm)
+        target = (wide * scale).astype(params.dtype)
         dtype = jnp.promote_types(params.dtype, updates.dtype)
-        return target.astype(dtype) - params.astype(dtype)
+        after = scale[(0,) * scale.ndim] if scale.size else after
+        return target.astype(dtype) - params.astype(dtype), after
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,6 +253,20 @@ class UnitNorm(_NormSet):
 def _reaches(norm: jax.Array, bound: Number, dtype: jnp.dtype) -> jax.Array:
     """Whether a norm is at or above a bound, as far as `dtype` can tell."""
     return norm >= _value(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _wait(after: jax.Array, limit: float) -> jax.Array:
+    """The limit or half of it: either will do, but on the CPU it is not known before `after`.
+
+    XLA's CPU backend drops optimization barriers, and keeps candidates of many leaves at once
+    if nothing orders them.
+    """
+    return jax.lax.platform_dependent(
+        after,
+        cpu=lambda after: jnp.where(after >= 0, limit, limit / 2),
+        default=lambda after: jnp.full((), limit, jnp.result_type(limit)),
+    )
 
 
 def _square_limit(dtype: jnp.dtype, size: int) -> float:
