@@ -58,17 +58,7 @@ TWINS = {
 W = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def registry():
-    """Starts a test with the library's own names, and forgets what it registers."""
-    registry = _constraint._registry
-    before = dict(registry)
-    for name, thing in before.items():
-        if thing not in _constraint._builtin:
-            del registry[name]
-    yield registry
-    registry.clear()
-    registry.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 def through_json(config):

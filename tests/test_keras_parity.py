@@ -20,7 +20,6 @@ import pytest
 from keras import ops
 
 import optax_constraints as oc
-from optax_constraints import _constraint
 
 # Keras' annotations are inferred from its defaults, and would have whole numbers as bounds.
 KC: Any = keras.constraints
@@ -66,19 +65,6 @@ def weights(shape, axis, turn):
     norms = norms_of(w, axis)
     wanted = np.resize(np.roll(NORMS, -turn), norms.shape)
     return (w / norms * wanted).astype(np.float32)
-
-
-@pytest.fixture
-def registry():
-    """Starts a test with the library's own names, and forgets what it registers."""
-    registry = _constraint._registry
-    before = dict(registry)
-    for name, thing in before.items():
-        if thing not in _constraint._builtin:
-            del registry[name]
-    yield registry
-    registry.clear()
-    registry.update(before)
 
 
 # The projections.
