@@ -120,7 +120,7 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def drop_axes(values: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+def drop_axes(values: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one slice of an array, without the axes along which it was cut."""
     return tuple(value for i, value in enumerate(values) if i not in axes)
 

@@ -48,6 +48,16 @@ class Constraint:
     """Whether each slice along the field `axis` is projected by itself. If so, more axes need
     no more than another `axis`."""
 
+    convex: ClassVar[bool] = False
+    """Whether the set is known to be convex, so that its nearest points are unique."""
+
+    smooth: ClassVar[bool] = False
+    """Whether the set is a smooth one, such as a sphere or a plane: the derivative of the
+    projection at a point of the set is then the orthogonal projection onto its tangent space."""
+
+    remembers: ClassVar[bool] = False
+    """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
+
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array.
 
@@ -75,6 +85,30 @@ class Constraint:
             The constraint.
         """
         return cls(**config)
+
+    def remember(self, w: jax.Array) -> Any:
+        """What a set that `remembers` keeps of one leaf, from its weights at init.
+
+        Args:
+            w: The weights at init.
+
+        Returns:
+            Any pytree of arrays.
+        """
+        del w
+        return ()
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects one array with the help of what is remembered of it.
+
+        Args:
+            w: The weights.
+            memory: What `remember` or the last `advance` returned.
+
+        Returns:
+            The projection, and what to remember, of the same structure, shapes and dtypes.
+        """
+        return self(w), memory
 
     def at(self, step: jax.typing.ArrayLike) -> "Constraint":
         """This constraint with each schedule replaced by its value.
@@ -128,32 +162,37 @@ class Constraint:
         return None
 
     def update(
-        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self,
+        params: jax.Array,
+        updates: jax.Array,
+        memory: Any = (),
+        after: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
         """The update that takes one leaf to the projection of ``params + updates``.
 
         Args:
             params: The weights as they are.
             updates: The update, of the same shape.
+            memory: What is remembered of the leaf, for `advance`.
             after: A scalar of the leaf before this one. A set may make its result depend on it,
                 so that leaves are projected one after the other and share their memory.
 
         Returns:
-            ``P(params + updates) - params``, in the wider dtype of the two, and a scalar for
-            the leaf that comes next.
+            ``P(params + updates) - params``, in the wider dtype of the two; what to remember;
+            and a scalar for the leaf that comes next.
         """
         dtype = jnp.promote_types(params.dtype, updates.dtype)
-        target = self(jnp.asarray(params + updates).astype(params.dtype))
+        target, memory = self.advance(jnp.asarray(params + updates).astype(params.dtype), memory)
         delta = target.astype(dtype) - params.astype(dtype)
         if not self.elementwise:
-            return delta, after
+            return delta, memory, after
         # p + (t - p) can round to a neighbour of t that is outside the set. One step of the
         # update towards the set is enough to bring the sum back in.
         reached = jnp.asarray(params + delta).astype(params.dtype)
         allowed = self(reached)
         towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(dtype)
         outside = (allowed > reached) | (allowed < reached)
-        return jnp.where(outside, jnp.nextafter(delta, towards), delta), after
+        return jnp.where(outside, jnp.nextafter(delta, towards), delta), memory, after
 
     def _key(self) -> Hashable:
         """What equality and hashing compare: the fields, or the object itself."""
@@ -214,6 +253,16 @@ def number(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"number": True})
 
 
+def value(number: Number, dtype: jnp.dtype) -> jax.Array:
+    """A hyperparameter as an array."""
+    if callable(number):
+        raise TypeError(
+            "A constraint with a schedule has no numbers yet; write constraint.at(step)(w), or "
+            "use project or constrain, which know the step."
+        )
+    return jnp.asarray(number, dtype)
+
+
 def _fields(constraint: Constraint) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(constraint) if dataclasses.is_dataclass(constraint) else ()
 
@@ -270,6 +319,16 @@ def _check_scalar(what: str, value: Any) -> None:
         raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
 
 
+def is_concrete(constraint: Constraint) -> bool:
+    """Whether no number in a constraint is traced."""
+    for f in _fields(constraint):
+        given = getattr(constraint, f.name)
+        for part in given if isinstance(given, tuple) else (given,):
+            if isinstance(part, Tracer) or (isinstance(part, Constraint) and not is_concrete(part)):
+                return False
+    return True
+
+
 def _is_array(value: object) -> bool:
     return isinstance(value, (np.ndarray, jax.Array))
 
@@ -277,6 +336,8 @@ def _is_array(value: object) -> bool:
 def _short(value: object) -> str:
     if isinstance(value, Constraint):
         return str(value)
+    if isinstance(value, tuple):
+        return ", ".join(map(_short, value))
     if isinstance(value, Tracer):
         return "traced"
     if callable(value):
@@ -309,7 +370,8 @@ def register_builtin(cls: type[Constraint], *, in_keras: bool = False) -> None:
 
 def is_builtin(constraint: Constraint) -> bool:
     """Whether a constraint is one of the library's own, whose shapes need no check."""
-    parts = (getattr(constraint, f.name) for f in _fields(constraint))
+    fields = (getattr(constraint, f.name) for f in _fields(constraint))
+    parts = (part for value in fields for part in (value if isinstance(value, tuple) else [value]))
     return type(constraint) in _builtin and all(
         is_builtin(part) for part in parts if isinstance(part, Constraint)
     )

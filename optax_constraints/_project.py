@@ -1,6 +1,7 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,9 @@ import optax
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._rules import Binder, Rules
+from optax_constraints._constraint import Constraint
+from optax_constraints._rules import Binder, Bound, Rules
+from optax_constraints._text import shown
 
 
 class ProjectState(NamedTuple):
@@ -18,6 +21,8 @@ class ProjectState(NamedTuple):
     # Optax' own name for it, though tuples have a method of that name.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     """How many updates there have been, an int32 scalar; schedules see it."""
+    memory: Any = ()
+    """By path, what constraints remember of their leaves, such as norms at init."""
 
 
 def project(
@@ -33,7 +38,7 @@ def project(
     Cost: one pass over each constrained leaf for an elementwise set, which fuses with the
     optimizer; two for a norm. An update has to be a difference, so a norm reads `p` once
     more than `constrain` after `optax.apply_updates` does: `make bench` shows what that is
-    in a training step. The state is one integer.
+    in a training step. The state is one integer, and what constraints remember.
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point
@@ -69,8 +74,7 @@ def project(
     bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
-        bind(params)
-        return ProjectState(jnp.zeros((), jnp.int32))
+        return ProjectState(jnp.zeros((), jnp.int32), remember(params, bind))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -81,29 +85,39 @@ def project(
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(updates)
         bound = bind(params)
+        check_memory(state.memory, bound, leaves)
 
-        def projected(given: list[Any]) -> list[Any]:
-            new, before = [], None
-            for leaf_bound, p, u in zip(bound, leaves, given, strict=True):
+        def projected(given: list[Any], memory: Any) -> tuple[list[Any], Any]:
+            new, kept, before = [], {}, None
+            for (key, leaf_bound), p, u in zip(keyed(bound), leaves, given, strict=True):
                 constraint = leaf_bound.at(state.count)
-                if constraint is not None and not _is_absent(u):
-                    u, before = constraint.update(jnp.asarray(p), jnp.asarray(u), before)
+                if constraint is not None:
+                    own = memory[key] if constraint.remembers else ()
+                    if not _is_absent(u):
+                        p, u = jnp.asarray(p), jnp.asarray(u)
+                        u, own, before = constraint.update(p, u, own, before)
+                    if constraint.remembers:
+                        kept[key] = own
                 new.append(u)
-            return new
+            return new, kept or memory
 
         if every == 1:
-            new = projected(given)
+            new, memory = projected(given, state.memory)
         else:
             # Both branches give the dtypes that a projection would.
-            like = jax.eval_shape(projected, given)
-            new = jax.lax.cond(
+            like, _ = jax.eval_shape(projected, given, state.memory)
+            new, memory = jax.lax.cond(
                 (state.count + 1) % every == 0,
                 projected,
-                lambda given: jax.tree.map(lambda u, t: u.astype(t.dtype), given, like),
+                lambda given, memory: (
+                    jax.tree.map(lambda u, t: u.astype(t.dtype), given, like),
+                    memory,
+                ),
                 given,
+                state.memory,
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(new), ProjectState(count)
+        return treedef.unflatten(new), ProjectState(count, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -125,11 +139,72 @@ def _check_every(every: int) -> int:
     return every
 
 
+def keyed(bound: list[Bound]) -> Iterator[tuple[str, Bound]]:
+    """Each leaf with the key of its memory: its path, numbered where it is not the first."""
+    seen: dict[str, int] = {}
+    for leaf_bound in bound:
+        path = leaf_bound.path
+        number = seen[path] = seen.get(path, 0) + 1
+        yield path if number == 1 else f"{path}#{number}", leaf_bound
+
+
+def remember(params: Any, bind: Binder) -> Any:
+    """Checks that rules fit a tree, and starts the memory of the constraints that need one."""
+    bound, leaves = bind(params), jax.tree.leaves(params)
+    if not bind.remembers:
+        return ()
+    if not leaves:
+        # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
+        # this place stands for any memory.
+        return jnp.zeros(())
+    return _memory_of(bound, leaves)
+
+
+def _memory_of(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+    return {
+        key: constraint.remember(jnp.asarray(leaf))
+        for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
+        if (constraint := leaf_bound.at(0)) is not None and constraint.remembers
+    }
+
+
+def check_memory(memory: Any, bound: list[Bound], leaves: list[Any]) -> None:
+    """Raises if a memory is not one of these constraints and leaves."""
+    want: Any = ()
+    if any(b.constraint is not None and b.constraint.remembers for b in bound):
+        want = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
+    elif not isinstance(memory, dict) or not leaves:
+        return
+    have = memory if isinstance(memory, dict) else {}
+    for path in sorted({*have, *want}):
+        if path not in want:
+            raise ValueError(
+                f"The state remembers {path!r}, and no constraint of these rules does: it is the "
+                "state of other rules or other parameters. Start with tx.init(params)."
+            )
+        if path not in have:
+            raise ValueError(
+                f"The state remembers nothing of {path!r}, which its constraint needs: it is the "
+                "state of other rules or other parameters. Start with tx.init(params)."
+            )
+        old, new = (
+            jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree[path])
+            for tree in (have, want)
+        )
+        if old != new:
+            raise ValueError(
+                f"The state remembers {shown(old)} (shape, dtype) of {path!r}, and its "
+                f"constraint needs {shown(new)}: it is the state of other rules or other "
+                "parameters. Start with tx.init(params)."
+            )
+
+
 def constrain(
     params: Any,
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
+    state: Any = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> Any:
@@ -139,6 +214,8 @@ def constrain(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see; the first update is step 0.
+        state: The optimizer's state, for constraints that remember weights at init. Without
+            it they take the weights given here for those.
         layout: As for `project`.
         strict: As for `project`.
 
@@ -155,17 +232,44 @@ def constrain(
         >>> oc.constrain({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array([0., 2.], dtype=float32)}
     """
-    return constrain_bound(params, Binder(rules, layout=layout, strict=strict), step)
+    bind = Binder(rules, layout=layout, strict=strict)
+    return constrain_bound(params, bind, step, memory_in(state))[0]
 
 
-def constrain_bound(params: Any, bind: Binder, step: jax.typing.ArrayLike) -> Any:
-    """`constrain` with rules that may remember this tree from the last time."""
+def constrain_bound(
+    params: Any, bind: Binder, step: jax.typing.ArrayLike, memory: Any
+) -> tuple[Any, Any]:
+    """`constrain` with rules that may remember this tree, and with what constraints remember."""
     leaves, treedef = jax.tree.flatten(params)
     bound = bind(params)
-    return treedef.unflatten(
-        leaf if (constraint := leaf_bound.at(step)) is None else constraint(jnp.asarray(leaf))
-        for leaf_bound, leaf in zip(bound, leaves, strict=True)
-    )
+    if memory is not None:
+        check_memory(memory, bound, leaves)
+    new, kept = [], {}
+    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
+        constraint = leaf_bound.at(step)
+        if constraint is not None:
+            leaf = jnp.asarray(leaf)
+            if constraint.remembers and memory is not None:
+                leaf, kept[key] = constraint.advance(leaf, memory[key])
+            else:
+                leaf = constraint(leaf)
+        new.append(leaf)
+    return treedef.unflatten(new), kept or memory
+
+
+def memory_in(state: Any) -> Any:
+    """What constraints remember, out of an optimizer's state; None without one."""
+    if state is None:
+        return None
+    states = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, ProjectState))
+    states = [s for s in states if isinstance(s, ProjectState)]
+    if not states:
+        raise ValueError(
+            f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
+            "tx.update returned, where project is in tx."
+        )
+    memories = [s.memory for s in states if isinstance(s.memory, dict)]
+    return {key: value for memory in memories for key, value in memory.items()} or ()
 
 
 def violations(
@@ -173,6 +277,7 @@ def violations(
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
+    state: Any = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> dict[str, jax.Array]:
@@ -182,6 +287,7 @@ def violations(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
+        state: As for `constrain`.
         layout: As for `project`.
         strict: As for `project`.
 
@@ -200,18 +306,22 @@ def violations(
         {'bias': Array(1., dtype=float32)}
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
+    leaves, memory = jax.tree.leaves(params), memory_in(state)
+    if memory is not None:
+        check_memory(memory, bound, leaves)
     distances: dict[str, jax.Array] = {}
-    for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True):
+    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         if (constraint := leaf_bound.at(step)) is not None:
-            found = distance(jnp.asarray(leaf), constraint)
+            found = distance(jnp.asarray(leaf), constraint, (memory or {}).get(key))
             # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
             other = distances.get(leaf_bound.path)
             distances[leaf_bound.path] = found if other is None else jnp.hypot(other, found)
     return distances
 
 
-def distance(leaf: jax.Array, constraint: Any) -> jax.Array:
+def distance(leaf: jax.Array, constraint: Constraint, memory: Any = None) -> jax.Array:
     """Euclidean distance of a leaf to its projection, a scalar in float32 or float64."""
     dtype = _numerics.compute_dtype(leaf.dtype)
-    difference = leaf.astype(dtype) - constraint(leaf).astype(dtype)
+    projected = constraint(leaf) if memory is None else constraint.advance(leaf, memory)[0]
+    difference = leaf.astype(dtype) - projected.astype(dtype)
     return _numerics.norm(difference, None).reshape(())

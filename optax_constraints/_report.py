@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_constraints._axes import Layout
-from optax_constraints._project import distance
+from optax_constraints._project import check_memory, distance, keyed, memory_in
 from optax_constraints._rules import Binder, Bound, Rules
 
 _WIDTH = 100
@@ -96,6 +96,7 @@ def report(
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
+    state: Any = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> Report:
@@ -108,6 +109,7 @@ def report(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
+        state: As for `constrain`.
         layout: As for `project`; the table then has a column for the type of each layer.
         strict: As for `project`.
 
@@ -130,23 +132,27 @@ def report(
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
+    leaves, memory = jax.tree.leaves(params), memory_in(state)
+    if memory is not None:
+        check_memory(memory, bound, leaves)
     return Report(
         tuple(
-            _row(leaf_bound, jnp.asarray(leaf), step)
-            for leaf_bound, leaf in zip(bound, jax.tree.leaves(params), strict=True)
+            _row(leaf_bound, jnp.asarray(leaf), step, (memory or {}).get(key))
+            for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
             if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
         )
     )
 
 
-def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike) -> Row:
+def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike, memory: Any) -> Row:
     layer = bound.layout.layer if bound.layout else None
     constraint = bound.at(step)
     if constraint is None:
         return Row(
             bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer
         )
-    at_bound = constraint.on_bound(constraint(leaf))
+    projected = constraint(leaf) if memory is None else constraint.advance(leaf, memory)[0]
+    at_bound = constraint.on_bound(projected)
     return Row(
         bound.path,
         leaf.shape,
@@ -155,7 +161,7 @@ def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike) -> Row:
         getattr(constraint, "axis", None),
         None if at_bound is None else at_bound.size,
         None if at_bound is None else int(at_bound.sum()),
-        float(distance(leaf, constraint)),
+        float(distance(leaf, constraint, memory)),
         layer,
     )
 

@@ -73,6 +73,13 @@ class Binder:
         self._strict = strict
         self._cache: dict[Any, list[Bound]] = {}
 
+    @property
+    def remembers(self) -> bool:
+        """Whether any of the constraints does."""
+        return any(
+            rule.constraint is not None and rule.constraint.remembers for rule in self._rules
+        )
+
     def __call__(self, tree: Any) -> list[Bound]:
         """Binds the rules to the leaves of a tree, in the order of `jax.tree.leaves`.
 

@@ -1,11 +1,16 @@
 """Constraints made of other constraints."""
 
 import dataclasses
-from typing import Any
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_constraints import _numerics
 from optax_constraints._axes import (
     Axis,
     LeafLayout,
@@ -15,11 +20,56 @@ from optax_constraints._axes import (
     remove_axes,
     settle_axis,
 )
-from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._constraint import (
+    Constraint,
+    Number,
+    as_constraint,
+    check_number,
+    is_concrete,
+    number,
+    value,
+)
+from optax_constraints._text import describe, shown
+
+
+def _part(owner: str, given: Any) -> Constraint:
+    constraint = as_constraint(given)
+    if constraint is None:
+        raise ValueError(f"{owner}: constraint=None constrains nothing; leave the leaf free.")
+    return constraint
+
+
+class _Around(Constraint):
+    """Base of what is made of one constraint, and is of its kind."""
+
+    constraint: Any
+
+    def __post_init__(self):
+        object.__setattr__(self, "constraint", _part(type(self).__name__, self.constraint))
+
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside is."""
+        return self.constraint.elementwise
+
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside is."""
+        return self.constraint.convex
+
+    @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside is."""
+        return self.constraint.smooth
+
+    @property
+    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does."""
+        return self.constraint.remembers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stacked(Constraint):
+class Stacked(_Around):
     """Each slice along `axis` lies in the set of another constraint, by itself.
 
     For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The
@@ -47,27 +97,30 @@ class Stacked(Constraint):
     axis: Axis = 0
 
     def __post_init__(self):
-        inner = as_constraint(self.constraint)
-        if inner is None:
-            raise ValueError("Stacked: constraint=None constrains nothing; leave the leaf free.")
+        super().__post_init__()
         axis = check_axis("Stacked", self.axis)
         if axis is None or axis == "fan_in":
             raise ValueError(
                 f"Stacked: axis={axis!r} does not number slices; write the axes along which the "
                 "layers are stacked, such as 0."
             )
-        object.__setattr__(self, "constraint", inner)
         object.__setattr__(self, "axis", axis)
-
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
-        """Whether the constraint inside is."""
-        return self.constraint.elementwise
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array, of at least one more axis than a slice has."""
         w = jnp.asarray(w)
         return self._over_slices(self.constraint, w)(w)
+
+    def remember(self, w: jax.Array) -> Any:
+        """What is remembered of each slice, stacked along first axes."""
+        return self._over_slices(self.constraint.remember, w, out_axis=0)(w)
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects one array with the help of what is remembered of each slice."""
+        function = self.constraint.advance
+        for axis in settle_axis("Stacked", self.axis, w.shape):
+            function = jax.vmap(function, (axis, 0), (axis, 0))
+        return function(w, memory)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -93,3 +146,433 @@ class Stacked(Constraint):
         for axis in settle_axis("Stacked", self.axis, w.shape):
             function = jax.vmap(function, axis, axis if out_axis is None else out_axis)
         return function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Soft(_Around):
+    """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
+
+    What a hard projection does in one step, this does over about ``1 / rate`` of them: weights
+    that are pulled out of the set by each update stay a little outside. Weights inside come
+    back bit for bit. With a schedule from 0 to 1 a constraint fades in. Costs what the
+    constraint inside costs, and one more pass.
+
+    Args:
+        constraint: Anything that `get` accepts.
+        rate: How far to go in one step, from 0 (not at all) to 1 (into the set): a number, a
+            JAX scalar or a schedule.
+
+    Raises:
+        TypeError: If `rate` is not a number.
+        ValueError: If `constraint` is none, or `rate` is outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.soft(oc.non_neg(), rate=0.25)(jnp.array([-1.0, 1.0]))
+        Array([-0.75,  1.  ], dtype=float32)
+    """
+
+    constraint: Any
+    rate: Number = number()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("Soft", "rate", self.rate, low=0, high=1)
+
+    elementwise = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    smooth = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Moves one array."""
+        w = jnp.asarray(w)
+        return self._towards(self.constraint(w), w)
+
+    def remember(self, w: jax.Array) -> Any:
+        """What the constraint inside remembers."""
+        return self.constraint.remember(w)
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Moves one array with the help of what is remembered of it."""
+        projected, memory = self.constraint.advance(w, memory)
+        return self._towards(projected, w), memory
+
+    def _towards(self, projected: jax.Array, w: jax.Array) -> jax.Array:
+        dtype = _numerics.compute_dtype(w.dtype)
+        wide = projected.astype(dtype)
+        # From the projection back, so that a rate of 1 and weights inside give exactly that.
+        away = (1 - value(self.rate, dtype)) * (w.astype(dtype) - wide)
+        return (wide + away).astype(w.dtype)
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """The constraint with the axes of the constraint inside settled."""
+        return Soft(self.constraint.settle(path, shape, layout), self.rate)
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """Which units lie on the boundary of the set inside."""
+        return self.constraint.on_bound(w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part(_Around):
+    """One part of an array lies in the set of another constraint, and the rest is free.
+
+    For parameters that hold several things in one array: the gates of a recurrent kernel, a
+    fused query-key-value projection, the first columns that see certain inputs. The part is
+    what ``w[index]`` is in NumPy, and axes of the constraint inside are those of the part.
+    Costs what the constraint inside costs on the part, and a copy of the leaf.
+
+    Args:
+        constraint: Anything that `get` accepts.
+        index: The part: integers, slices and `...`, as NumPy's `np.s_[:, :3]` makes them, or
+            as text, `":, :3"`.
+
+    Raises:
+        TypeError: If `index` is something else, such as an array.
+        ValueError: If `constraint` is none or the text is no index; at bind, if the leaf has no
+            such part, or an empty one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.part(oc.non_neg(), ":, 0")(-jnp.ones((2, 2)))
+        Array([[ 0., -1.],
+               [ 0., -1.]], dtype=float32)
+    """
+
+    constraint: Any
+    index: Any
+
+    def __post_init__(self):
+        super().__post_init__()
+        # As text it hashes, and is its own JSON form.
+        object.__setattr__(self, "index", _index_text(self.index))
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects the part of one array."""
+        w = jnp.asarray(w)
+        index = self._index("", w.shape)
+        return w.at[index].set(self.constraint(w[index]))
+
+    def remember(self, w: jax.Array) -> Any:
+        """What the constraint inside remembers of the part."""
+        return self.constraint.remember(w[self._index("", w.shape)])
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects the part with the help of what is remembered of it."""
+        index = self._index("", w.shape)
+        part, memory = self.constraint.advance(w[index], memory)
+        return w.at[index].set(part), memory
+
+    def _index(self, path: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        index = _parse_index(self.index)
+        try:
+            part = _part_shape(shape, index)
+        except IndexError as error:
+            raise ValueError(
+                f"Part on {describe(path, shape)}: there is no [{self.index}]: {error}. Write an "
+                "index of this shape."
+            ) from None
+        if 0 in part and 0 not in shape:
+            raise ValueError(
+                f"Part on {describe(path, shape)}: [{self.index}] is empty, so that nothing is "
+                "constrained; write an index of this shape."
+            )
+        return index
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """The constraint with the axes of the constraint inside settled for the part."""
+        index = self._index(path, shape)
+        gone = _dropped_axes(index, len(shape))
+        own_layout = layout and LeafLayout(
+            layout.layer,
+            None if layout.fan_in is None else remove_axes(layout.fan_in, gone),
+            remove_axes(layout.stacked, gone),
+        )
+        inner = self.constraint.settle(path, _part_shape(shape, index), own_layout)
+        return Part(inner, self.index)
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """Which units of the part lie on the boundary."""
+        return self.constraint.on_bound(w[self._index("", w.shape)])
+
+
+def _index_text(index: Any) -> str:
+    """An index of integers, slices and `...` as text."""
+    wanted = "write integers, slices and '...', such as np.s_[:, :3] or ':, :3'"
+    if isinstance(index, str):
+        try:
+            index = _parse_index(index)
+        except ValueError:
+            raise ValueError(f"Part: index={shown(index)} is not an index; {wanted}.") from None
+    texts = []
+    for item in index if isinstance(index, (tuple, list)) else (index,):
+        if item is Ellipsis:
+            texts.append("...")
+            continue
+        try:
+            if isinstance(item, slice):
+                bounds = (item.start, item.stop, item.step)
+                start, stop, step = (
+                    "" if bound is None else str(operator.index(bound)) for bound in bounds
+                )
+                texts.append(f"{start}:{stop}" + (f":{step}" if step else ""))
+            elif isinstance(item, bool):
+                raise TypeError
+            else:
+                texts.append(str(operator.index(item)))
+        except TypeError:
+            raise TypeError(f"Part: index={shown(index)} is not an index; {wanted}.") from None
+    if texts.count("...") > 1:
+        raise ValueError(f"Part: index={shown(index)} has more than one '...'; {wanted}.")
+    return ", ".join(texts)
+
+
+def _parse_index(text: str) -> tuple[Any, ...]:
+    items: list[Any] = []
+    for item in text.strip("[]").split(","):
+        item = item.strip()
+        if item == "...":
+            items.append(Ellipsis)
+        elif re.fullmatch(r"-?\d{1,18}", item):
+            items.append(int(item))
+        elif re.fullmatch(r"(-?\d{1,18})?:(-?\d{1,18})?(:(-?\d{1,18})?)?", item):
+            items.append(slice(*(int(bound) if bound else None for bound in item.split(":"))))
+        else:
+            raise ValueError
+    return tuple(items)
+
+
+def _part_shape(shape: tuple[int, ...], index: tuple[Any, ...]) -> tuple[int, ...]:
+    return np.broadcast_to(np.zeros(()), shape)[index].shape
+
+
+def _dropped_axes(index: tuple[Any, ...], rank: int) -> tuple[int, ...]:
+    """The axes that integers in an index take away."""
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
+    return tuple(axis for axis, item in enumerate(index) if isinstance(item, int))
+
+
+class _Several(Constraint):
+    """Base of what is made of several constraints."""
+
+    constraints: tuple[Constraint, ...]
+
+    def _take(self, given: tuple[Any, ...]) -> None:
+        name = type(self).__name__
+        if len(given) < 2:
+            raise ValueError(
+                f"{name}: {len(given)} constraints are given; write two or more, as in "
+                f"{name}(max_norm(2.0), non_neg())."
+            )
+        object.__setattr__(self, "constraints", tuple(_part(name, c) for c in given))
+
+    def _with(self, constraints: list[Constraint]) -> Constraint:
+        """The same of other constraints."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Makes it from what `get_config` returned."""
+        rest = dict(config)
+        constraints = rest.pop("constraints", None)
+        known = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        if not isinstance(constraints, (list, tuple)) or not set(rest) <= known:
+            raise ValueError(
+                f"{cls.__name__}: the config {shown(dict(config))} does not fit: it has a list of "
+                f"'constraints', and besides only {sorted(known - {'constraints'})}."
+            )
+        return cls(*constraints, **rest)
+
+    @property
+    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the constraints does."""
+        return any(c.remembers for c in self.constraints)
+
+    def at(self, step: jax.typing.ArrayLike) -> Constraint:
+        """This constraint with each schedule inside replaced by its value."""
+        return self._with([c.at(step) for c in self.constraints])
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint with the axes of the constraints inside settled."""
+        return self._with([c.settle(path, shape, layout) for c in self.constraints])
+
+    def remember(self, w: jax.Array) -> Any:
+        """What each constraint remembers."""
+        return tuple(c.remember(w) for c in self.constraints)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Compose(_Several):
+    """One projection after the other: ``... P_b(P_a(w))``.
+
+    Only the last constraint is sure to hold: its projection may lead out of the sets before
+    it, and where it does not, the result need not be the nearest point they share.
+    `Intersection` finds that for convex sets. Some pairs do compose into the projection onto
+    the intersection: `NonNeg` and then a bound on norms, or `Mask` and then anything that
+    keeps zeros. Costs what the constraints cost.
+
+    Args:
+        *constraints: Two or more, of anything that `get` accepts, in the order in which they
+            are applied.
+
+    Raises:
+        ValueError: If there are fewer than two, or one is none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.compose(oc.non_neg(), oc.max_norm(1.0))(jnp.array([3.0, 4.0, -5.0]))
+        Array([0.6, 0.8, 0. ], dtype=float32)
+    """
+
+    constraints: tuple[Constraint, ...]
+
+    def __init__(self, *constraints: Any):
+        """Takes the constraints as they are named in a rule."""
+        self._take(constraints)
+
+    def _with(self, constraints: list[Constraint]) -> Constraint:
+        return Compose(*constraints)
+
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all of them are."""
+        return all(c.elementwise for c in self.constraints)
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one array by each constraint in turn."""
+        w = jnp.asarray(w)
+        for constraint in self.constraints:
+            w = constraint(w)
+        return w
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects one array with the help of what each constraint remembers."""
+        new = []
+        for constraint, own in zip(self.constraints, memory or self.remember(w), strict=True):
+            w, own = constraint.advance(w, own)
+            new.append(own)
+        return w, tuple(new) if memory else memory
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """Which units lie on the boundary of the last set."""
+        return self.constraints[-1].on_bound(w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Intersection(_Several):
+    """Weights lie in all of several convex sets; the projection is the nearest point they share.
+
+    Convex. By the method of R. L. Dykstra (J. P. Boyle and R. L. Dykstra, "A method for
+    finding projections onto the intersection of convex sets in Hilbert spaces", 1986): the
+    sets are projected onto in turn, each time with what the same set took away the last time
+    added again. It ends when nothing changes any more, as far as the dtype can tell, or after
+    so many rounds: approximate then, with the last set holding up to rounding. From weights
+    near the sets, as in training, some ten rounds do; the further away or the flatter the angle
+    between the sets, the more (a non-negative unit of norm 1 from 100 times that: a thousand,
+    with cones such as `NonNeg` named first: two). If the sets share no point the result means
+    nothing. A round costs all the projections, and each set keeps a leaf of memory.
+
+    Args:
+        *constraints: Two or more convex ones, of anything that `get` accepts.
+        iterations: How many rounds there are at most.
+
+    Raises:
+        TypeError: If `iterations` is not an int.
+        ValueError: If there are fewer than two constraints, or one is not convex; if
+            `iterations` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> both = oc.intersection(oc.center_around(1.0), oc.non_neg())
+        >>> both(jnp.array([3.0, 2.0, -3.0]))
+        Array([2., 1., 0.], dtype=float32)
+    """
+
+    constraints: tuple[Constraint, ...]
+    iterations: int = 200
+
+    def __init__(self, *constraints: Any, iterations: int = 200):
+        """Takes the constraints as they are named in a rule."""
+        self._take(constraints)
+        for constraint in self.constraints:
+            if not constraint.convex:
+                raise ValueError(
+                    f"Intersection: {constraint} is not known to be convex, so that the nearest "
+                    "point of an intersection cannot be found; write Compose, or set convex = "
+                    "True in a class of your own."
+                )
+        try:
+            if isinstance(iterations, bool):
+                raise TypeError
+            count = operator.index(iterations)
+        except TypeError:
+            raise TypeError(
+                f"Intersection: iterations={shown(iterations)} is not an int; write a number of "
+                "rounds."
+            ) from None
+        if not 1 <= count <= 10**9:
+            raise ValueError(
+                f"Intersection: iterations={count} is not allowed; write a number of at least 1."
+            )
+        object.__setattr__(self, "iterations", count)
+
+    convex = True
+
+    def _with(self, constraints: list[Constraint]) -> Constraint:
+        return Intersection(*constraints, iterations=self.iterations)
+
+    @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all of them are planes, which a smooth convex set is."""
+        return all(c.smooth for c in self.constraints)
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; computes in float32 or wider."""
+        return self.advance(jnp.asarray(w), None)[0]
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects one array; the sets take from memory what they remember of init."""
+        memory = memory or self.remember(w)
+        # Compiled as a whole, where nothing inside is traced already.
+        run = _dykstra_compiled if is_concrete(self) else _dykstra
+        return run(self, w, memory), memory
+
+
+def _dykstra(intersection: Intersection, w: jax.Array, memory: Any) -> jax.Array:
+    constraints = intersection.constraints
+    wide = w.astype(_numerics.compute_dtype(w.dtype))
+    tolerance = _numerics.eps(wide.dtype) / 2
+
+    def round_(carry: Any) -> Any:
+        x, taken, _ = carry
+        changed, new = jnp.zeros((), bool), []
+        for constraint, own, before in zip(constraints, memory, taken, strict=True):
+            y = x + before
+            x, _ = constraint.advance(y, own)
+            # Increments settle before the point does, or after: both have to stand still.
+            limit = tolerance * jnp.max(jnp.nan_to_num(jnp.abs(y)), initial=0)
+            changed |= jnp.any(jnp.abs((y - x) - before) > limit)
+            new.append(y - x)
+        return x, tuple(new), changed
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        return jax.lax.cond(carry[-1], round_, lambda carry: carry, carry), None
+
+    start = wide, (jnp.zeros_like(wide),) * len(constraints), jnp.ones((), bool)
+    # A scan, and not a loop until nothing changes, has a reverse mode.
+    (x, _, _), _ = jax.lax.scan(step, start, length=intersection.iterations)
+    return x.astype(w.dtype)
+
+
+_dykstra_compiled = jax.jit(_dykstra, static_argnums=0)

@@ -1,15 +1,58 @@
-"""Sets in which each entry is bounded by itself."""
+"""Sets in which each entry is bounded by itself: exact in every dtype."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from optax_constraints._constraint import Constraint
+from optax_constraints import _numerics
+from optax_constraints._axes import LeafLayout
+from optax_constraints._constraint import Constraint, check_number, number, value
+from optax_constraints._text import describe, shown
+
+
+class _Elementwise(Constraint):
+    """What the sets of this family share."""
+
+    elementwise = True
+    convex = True
+
+
+def _array(owner: str, name: str, given: Any) -> np.ndarray | jax.Array:
+    """A hyperparameter that is an array, from a list or an array of numbers."""
+    try:
+        array = given if isinstance(given, jax.Array) else np.asarray(given)
+        if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{owner}: {name}={shown(given)} is not an array of real numbers."
+        ) from None
+    return array
+
+
+def _check_broadcasts(
+    owner: str, name: str, array: Any, path: str | None, shape: tuple[int, ...]
+) -> None:
+    """Raises if an array does not broadcast to a leaf."""
+    own = np.shape(array)
+    try:
+        fits = np.broadcast_shapes(own, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{owner} on {describe(path, shape)}: {name} has shape {own}, which does not "
+            f"broadcast to the weights; write a number, or an array of shape {shape}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NonNeg(Constraint):
+class NonNeg(_Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
 
     Convex. The projection ``max(w, 0)`` is exact in every dtype, and NaN stays NaN. One
@@ -24,8 +67,6 @@ class NonNeg(Constraint):
         Array([0. , 0.5], dtype=float32)
     """
 
-    elementwise = True
-
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape."""
         w = jnp.asarray(w)
@@ -34,3 +75,285 @@ class NonNeg(Constraint):
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
         return w <= 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Box(_Elementwise):
+    """Each weight lies in an interval: ``{w : lower <= w <= upper}``.
+
+    Convex. The projection ``clip(w, lower, upper)`` is exact in every dtype, to the bounds as
+    that dtype holds them. One pass over the weights, which fuses with the optimizer's own.
+
+    With numbers it is the weight clipping of M. Arjovsky et al., "Wasserstein GAN", ICML
+    2017; with arrays of 0 and infinity it is a pattern of signs.
+
+    Args:
+        lower: The lower bound: a number, a JAX scalar, a schedule, an array that broadcasts
+            to the weights, or None for no bound.
+        upper: The upper bound, likewise.
+
+    Raises:
+        TypeError: If a bound is no number and no array.
+        ValueError: If a bound is NaN, both are None, or `lower` is above `upper`; at bind, if
+            an array does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.box(-0.01, upper=[1.0, 0.01])(jnp.array([-1.0, 1.0]))
+        Array([-0.01,  0.01], dtype=float32)
+    """
+
+    lower: Any = number(None)
+    upper: Any = number(None)
+
+    def __post_init__(self):
+        for name in ("lower", "upper"):
+            bound = getattr(self, name)
+            if isinstance(bound, (list, tuple)) or np.ndim(cast(Any, bound)) > 0:
+                array = _array("Box", name, bound)
+                if _is_concrete(array) and np.any(np.isnan(np.asarray(array, np.float64))):
+                    raise ValueError(f"Box: {name}={shown(bound)} has a NaN; write numbers.")
+                object.__setattr__(self, name, array)
+            elif bound is not None:
+                check_number("Box", name, bound)
+        if self.lower is None and self.upper is None:
+            raise ValueError("Box: with neither lower nor upper it allows everything; write one.")
+        if (
+            _is_concrete(self.lower)
+            and _is_concrete(self.upper)
+            and np.any(np.asarray(self.lower) > np.asarray(self.upper))
+        ):
+            raise ValueError(
+                f"Box: lower={shown(self.lower)} is above upper={shown(self.upper)}; swap them or "
+                "widen the interval."
+            )
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one array of any shape to which the bounds broadcast."""
+        w = jnp.asarray(w)
+        self.settle("", w.shape)
+        return jnp.clip(
+            w,
+            None if self.lower is None else value(self.lower, w.dtype),
+            None if self.upper is None else value(self.upper, w.dtype),
+        )
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint, if its bounds broadcast to the leaf."""
+        del layout
+        for name in ("lower", "upper"):
+            _check_broadcasts("Box", name, getattr(self, name), path, shape)
+        return self
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The entries that are at one of their bounds."""
+        low, high = (
+            jnp.zeros(w.shape, bool) if bound is None else compare(w, value(bound, w.dtype))
+            for bound, compare in ((self.lower, jnp.less_equal), (self.upper, jnp.greater_equal))
+        )
+        return low | high
+
+
+def _is_concrete(bound: Any) -> bool:
+    return bound is not None and not callable(bound) and not isinstance(bound, Tracer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask(_Elementwise):
+    """Weights are zero where the mask is: ``{w : w = 0 where mask = 0}``.
+
+    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency.
+    A linear subspace, so convex; exact in every dtype, and NaN stays NaN. One pass over the
+    weights, which fuses with the optimizer's own.
+
+    Args:
+        mask: An array that broadcasts to the weights, of bools or of numbers of which those
+            that are not zero are free; or a function from the shape of the weights to one,
+            such as ``lambda shape: np.tri(*shape)``. A function has no JSON form.
+
+    Raises:
+        TypeError: If `mask` is neither.
+        ValueError: At bind, if the mask does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import optax_constraints as oc
+        >>> oc.mask(lambda shape: np.tri(*shape))(jnp.ones((2, 2)))
+        Array([[1., 0.],
+               [1., 1.]], dtype=float32)
+    """
+
+    mask: jax.typing.ArrayLike | list | Callable[[tuple[int, ...]], jax.typing.ArrayLike]
+
+    smooth = True
+
+    def __post_init__(self):
+        if not callable(self.mask):
+            object.__setattr__(self, "mask", _array("Mask", "mask", self.mask))
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one array of any shape to which the mask broadcasts."""
+        w = jnp.asarray(w)
+        return _zero_where(~self._free("", w.shape), w)
+
+    def _free(self, path: str, shape: tuple[int, ...]) -> jax.Array:
+        mask = self.mask(shape) if callable(self.mask) else self.mask
+        _check_broadcasts("Mask", "mask", mask, path, shape)
+        return jnp.asarray(mask) != 0
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint, if its mask broadcasts to the leaf."""
+        del layout
+        self._free(path, shape)
+        return self
+
+    def get_config(self) -> dict[str, Any]:
+        """The mask as nested lists."""
+        if callable(self.mask):
+            raise TypeError(
+                f"Mask.mask={shown(self.mask)} is a function, which has no JSON form; write the "
+                "array that it returns."
+            )
+        return super().get_config()
+
+    def __str__(self) -> str:
+        """How the report shows it: arrays by their shape."""
+        if callable(self.mask):
+            return f"Mask({getattr(self.mask, '__name__', 'function')})"
+        return f"Mask({'x'.join(map(str, np.shape(cast(Any, self.mask))))})"
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The entries that the mask holds at zero."""
+        return jnp.broadcast_to(~self._free("", w.shape), w.shape)
+
+
+def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
+    """Zeros, except that a NaN stays, and so does a zero of either sign."""
+    return jnp.where(zero & (jnp.abs(w) > 0), jnp.zeros((), w.dtype), w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZeroDiagonal(_Elementwise):
+    """Square matrices with a zero diagonal: ``{w : w[..., i, i] = 0}``.
+
+    The last two axes are the matrix, those before them number matrices. A linear subspace, so
+    convex; exact in every dtype. One pass over the weights, which fuses with the optimizer's
+    own.
+
+    Item-to-item recommenders use it, so that no item predicts itself: H. Steck,
+    "Embarrassingly shallow autoencoders for sparse data", WWW 2019.
+
+    Raises:
+        ValueError: At bind, if the last two axes of the leaf are not a square.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.zero_diagonal()(jnp.ones((2, 2)))
+        Array([[0., 1.],
+               [1., 0.]], dtype=float32)
+    """
+
+    smooth = True
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one square matrix, or each of an array of them."""
+        w = jnp.asarray(w)
+        self.settle("", w.shape)
+        return _zero_where(jnp.eye(w.shape[-1], dtype=bool), w)
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint, if the leaf holds square matrices."""
+        del layout
+        if len(shape) < 2 or shape[-1] != shape[-2]:
+            raise ValueError(
+                f"ZeroDiagonal on {describe(path, shape)}: the last two axes are not a square "
+                "matrix; leave this leaf free, or write Mask with an array."
+            )
+        return self
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The diagonal."""
+        return jnp.broadcast_to(jnp.eye(w.shape[-1], dtype=bool), w.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid(_Elementwise):
+    """Each weight is one of the values: ``{w : w in values}``.
+
+    Binary, ternary and fixed-point networks. Not convex. The projection takes the nearest
+    value, and of two that are equally near the one of smaller magnitude, or the positive one.
+    Its derivative is zero. A pass over the weights with one comparison for each value, or for
+    more than 32 values a binary search.
+
+    In each dtype the values are rounded to multiples of its machine epsilon times the power of
+    two above the largest: so their differences are exact, and an update leads from one to
+    another to the bit. Binary, ternary and fixed-point values are such multiples.
+
+    Args:
+        values: The values, at least one.
+
+    Raises:
+        TypeError: If `values` is not an array of numbers.
+        ValueError: If it is empty, has more than one axis, or holds a NaN or an infinity.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.grid([-1, 0, 1])(jnp.array([-0.7, 0.2, 0.5, 9.0]))
+        Array([-1.,  0.,  0.,  1.], dtype=float32)
+    """
+
+    values: tuple[float, ...]
+
+    convex = False
+
+    def __post_init__(self):
+        array = _array("Grid", "values", self.values)
+        if isinstance(array, Tracer):
+            raise TypeError("Grid: values are traced; write concrete numbers.")
+        array = np.asarray(array, np.float64)
+        if array.ndim != 1 or not array.size or not np.all(np.isfinite(array)):
+            raise ValueError(
+                f"Grid: values={shown(self.values)} is not allowed; write a list of finite "
+                "numbers, such as [-1, 0, 1]."
+            )
+        object.__setattr__(self, "values", tuple(float(v) for v in np.unique(array)))
+
+    def _in_dtype(self, dtype: Any) -> np.ndarray:
+        """The values that an update can reach exactly."""
+        largest = max(abs(v) for v in self.values)
+        if not largest:
+            return np.zeros(1)
+        # Above half the range of the dtype nothing is left for the power of two above.
+        spacing = 2.0 ** np.ceil(np.log2(largest)) * _numerics.eps(dtype)
+        return np.unique(np.clip(np.round(np.array(self.values) / spacing), -1e18, 1e18)) * spacing
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array of any shape."""
+        w = jnp.asarray(w)
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(
+                f"Grid takes floating-point weights, and these are {w.dtype}; convert them first."
+            )
+        dtype = _numerics.compute_dtype(w.dtype)
+        values = self._in_dtype(w.dtype)
+        middle = ((values[1:] + values[:-1]) / 2).astype(dtype)
+        # A weight in the middle goes to the smaller magnitude: below zero that is up.
+        middle = np.where(middle > 0, middle, np.nextafter(middle, dtype.type(-np.inf)))
+        wide, values = w.astype(dtype), jnp.asarray(values, w.dtype)
+        if len(middle) > 32:
+            nearest = values[jnp.searchsorted(jnp.asarray(middle), wide)]
+        else:
+            nearest = jnp.full(w.shape, values[0])
+            for bound, upper in zip(middle, values[1:], strict=True):
+                nearest = jnp.where(wide > bound, upper, nearest)
+        return jnp.where((nearest == w) | (w != w), w, nearest)

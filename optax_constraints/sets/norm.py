@@ -8,57 +8,123 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 import dataclasses
 import functools
 import math
+import re
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 
 from optax_constraints import _numerics
-from optax_constraints._axes import Axis, check_axis, settle_axis
-from optax_constraints._constraint import Constraint, Number, check_number, number
+from optax_constraints._axes import Axis
+from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._text import shown
+from optax_constraints.sets._common import UnitSet
 
 
-class _NormSet(Constraint):
+class _NormSet(UnitSet):
     """What the sets of this family share: how a unit's norm becomes its factor."""
 
-    unitwise = True
-    axis: Axis
-
-    def __post_init__(self):
-        object.__setattr__(self, "axis", check_axis(type(self).__name__, self.axis))
-
-    def _scale(self, norm: jax.Array) -> jax.Array:
-        """The factor of a unit with this norm."""
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        """The factor of a unit with this norm, and with that norm at init."""
         raise NotImplementedError
 
-    def _widen(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-        """The weights in the dtype of their norms, and the axes of a unit."""
-        name = type(self).__name__
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(
-                f"{name} takes floating-point weights, and these are {w.dtype}: a norm of "
-                "integers has no nearest integers. Convert them to float first."
-            )
-        axis = settle_axis(name, self.axis, w.shape)
-        return w.astype(_numerics.compute_dtype(w.dtype)), axis
+    def _one(self, size: int) -> float:
+        """What counts as a norm of 1 in a unit of so many entries."""
+        del size
+        return 1.0
+
+    @property
+    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether a bound is relative to the norm at init."""
+        return any(
+            f.metadata.get("number") and isinstance(getattr(self, f.name), str)
+            for f in dataclasses.fields(cast(Any, self))
+        )
+
+    def remember(self, w: jax.Array) -> Any:
+        """The norm of each unit, if a bound is relative to it."""
+        return self._norm(w) if self.remembers else ()
 
     def _norm(self, w: jax.Array) -> jax.Array:
-        return _numerics.norm(*self._widen(w))
+        wide, axis = self._widen(w)
+        return _numerics.norm(wide, axis) / self._one(_size(wide, axis))
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; norms are taken in float32 or wider."""
-        w = jnp.asarray(w)
+        return self.advance(jnp.asarray(w), None)[0]
+
+    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """Projects one array with its norms at init, or as if they were those it has now."""
         wide, axis = self._widen(w)
-        return (wide * self._scale(_numerics.norm(wide, axis))).astype(w.dtype)
+        norm = _numerics.norm(wide, axis) / self._one(_size(wide, axis))
+        scale = self._scale(norm, self._at_init(norm, memory))
+        return (wide * scale).astype(w.dtype), memory
+
+    def _at_init(self, norm: jax.Array, memory: Any) -> jax.Array:
+        return memory if isinstance(memory, jax.Array) else jax.lax.stop_gradient(norm)
+
+    def update(
+        self,
+        params: jax.Array,
+        updates: jax.Array,
+        memory: Any = (),
+        after: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        """The update of one leaf, without the second pass that huge and tiny norms need.
+
+        Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
+        a second pass waits long. So entries count as `_square_limit` at most here, which is
+        above 1e15 for a unit of up to 4 million weights in float32: beyond, the result is
+        still in the set, with the signs of the sum, but not the nearest point. A sum whose
+        square underflows, with a norm below 1e-19 or so, counts as zero.
+        """
+        wide, axis = self._widen(params)
+        size = _size(wide, axis)
+        limit = _square_limit(wide.dtype, size)
+        turn = limit if after is None else _wait(after, limit)
+        # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
+        # optimizer's arithmetic and keeps the result for both passes.
+        wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -turn, turn)
+        norm = jnp.sqrt(_numerics.sum_of_squares(wide, axis)) / self._one(size)
+        scale = self._scale(norm, self._at_init(norm, memory))
+        target = (wide * scale).astype(params.dtype)
+        dtype = jnp.promote_types(params.dtype, updates.dtype)
+        after = scale[(0,) * scale.ndim] if scale.size else after
+        return target.astype(dtype) - params.astype(dtype), memory, after
 
 
-def _value(number: Number, dtype: jnp.dtype) -> jax.Array:
-    """A hyperparameter as an array."""
-    if callable(number):
-        raise TypeError(
-            "A constraint with a schedule has no numbers yet; write constraint.at(step)(w), or "
-            "use project or constrain, which know the step."
+def _size(w: jax.Array, axis: tuple[int, ...]) -> int:
+    return math.prod(w.shape[a] for a in axis)
+
+
+Bound: TypeAlias = Number | str
+"""A number, or `"init"` or `"2x init"`: a multiple of each unit's norm at init."""
+
+_RELATIVE = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)x )?init")
+
+
+def _check_bound(owner: str, name: str, bound: Bound) -> float | None:
+    """Checks a bound as far as it is concrete, and returns it if it is a number."""
+    if not isinstance(bound, str):
+        return check_number(owner, name, bound, low=0)
+    if not _RELATIVE.fullmatch(bound):
+        raise ValueError(
+            f"{owner}: {name}={shown(bound)} is not known; write a number, or 'init' or '2x init' "
+            "for a multiple of each unit's norm at init."
         )
-    return jnp.asarray(number, dtype)
+    return None
+
+
+def _in_numbers(bound: Bound, at_init: jax.Array) -> jax.Array:
+    """A bound as an array."""
+    if not isinstance(bound, str):
+        return value(bound, at_init.dtype)
+    return at_init * _factor(bound)
+
+
+def _factor(bound: str) -> float:
+    match = _RELATIVE.fullmatch(bound)
+    return float(match[1] or 1) if match else math.nan
 
 
 def _tolerance(norm: jax.Array) -> float:
@@ -66,13 +132,13 @@ def _tolerance(norm: jax.Array) -> float:
     return 4 * _numerics.eps(norm.dtype)
 
 
-def _at_most(norm: jax.Array, bound: Number) -> jax.Array:
+def _at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
     """The factor that takes `norm` down to `bound`.
 
     The choice stands under the division: around it, XLA's CPU backend would no longer fuse
     the factor with the weights and keep one more copy of them.
     """
-    ratio = norm / jnp.maximum(_value(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
+    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
     return 1 / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
 
 
@@ -81,10 +147,18 @@ def _is_zero(norm: jax.Array) -> jax.Array:
     return norm < jnp.finfo(norm.dtype).tiny
 
 
-def _at_least(norm: jax.Array, bound: Number) -> jax.Array:
+def _at_least(norm: jax.Array, bound: jax.Array) -> jax.Array:
     """The factor that takes `norm` up to `bound`; a unit of zeros has no direction: 1."""
-    ratio = norm / jnp.maximum(_value(bound, norm.dtype), jnp.finfo(norm.dtype).tiny)
+    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
     return 1 / jnp.where((ratio >= 1 - _tolerance(norm)) | _is_zero(norm), 1, ratio)
+
+
+def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
+    """The factor that takes `norm` to `bound`; a unit of zeros has no direction: 1."""
+    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
+    # Only the value snaps to 1: the derivative there is that of w / ||w||.
+    error = jnp.where(jnp.abs(ratio - 1) <= _tolerance(norm), 1 - ratio, 0)
+    return 1 / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +172,8 @@ class MaxNorm(_NormSet):
     15, 2014, use it with dropout.
 
     Args:
-        max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
+        max_value: The bound: a number of at least 0, a JAX scalar, a schedule, or a multiple of
+            each unit's norm at init, such as `"2x init"`, which `project` keeps in its state.
         axis: The axes along which one unit runs: an int, several ints, None for the whole
             tensor, or `"fan_in"`. 0 for a Dense kernel (in, out); (0, 1, 2) for a Conv2D
             kernel (height, width, in, out).
@@ -115,42 +190,64 @@ class MaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
-    max_value: Number = number(2)
+    max_value: Bound = number(2)
     axis: Axis = 0
 
     def __post_init__(self):
-        check_number("MaxNorm", "max_value", self.max_value, low=0)
+        _check_bound("MaxNorm", "max_value", self.max_value)
         super().__post_init__()
 
-    def _scale(self, norm: jax.Array) -> jax.Array:
-        return _at_most(norm, self.max_value)
+    convex = True
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
-        """The units whose norm is the bound, up to rounding."""
-        return _reaches(self._norm(w), self.max_value, w.dtype)
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        return _at_most(norm, _in_numbers(self.max_value, at_init))
 
-    def update(
-        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The update of one leaf, without the second pass that huge norms need.
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """The units whose norm is the bound, up to rounding; None if it is relative."""
+        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
 
-        Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
-        a second pass waits long. So entries count as `_square_limit` at most here, which is
-        above 1e15 for a unit of up to 4 million weights in float32. Beyond, the result is
-        still in the set, with the signs of the sum, but not the nearest point.
-        """
-        wide, axis = self._widen(params)
-        limit = _square_limit(wide.dtype, math.prod(wide.shape[a] for a in axis))
-        turn = limit if after is None else _wait(after, limit)
-        # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
-        # optimizer's arithmetic and keeps the result for both passes.
-        wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -turn, turn)
-        norm = jnp.sqrt(_numerics.sum_of_squares(wide, axis))
-        scale = self._scale(norm)
-        target = (wide * scale).astype(params.dtype)
-        dtype = jnp.promote_types(params.dtype, updates.dtype)
-        after = scale[(0,) * scale.ndim] if scale.size else after
-        return target.astype(dtype) - params.astype(dtype), after
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaxRMS(_NormSet):
+    """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
+
+    Convex: a ball, whose radius grows with the size of a unit, so that one bound serves
+    layers of all widths. The projection ``w * min(1, max_value / rms(unit))`` is the nearest
+    point, exact up to rounding. One pass to take the norms and one to scale.
+
+    Args:
+        max_value: The bound, a number of at least 0, a JAX scalar, a schedule, or `"2x init"`.
+        axis: The axes along which one unit runs, as for `MaxNorm`; by default all of them.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `max_value` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.max_rms(1.0)(jnp.array([3.0, 4.0, 0.0, 0.0]))
+        Array([1.2, 1.6, 0. , 0. ], dtype=float32)
+    """
+
+    max_value: Bound = number()
+    axis: Axis = None
+
+    def __post_init__(self):
+        _check_bound("MaxRMS", "max_value", self.max_value)
+        super().__post_init__()
+
+    convex = True
+
+    def _one(self, size: int) -> float:
+        return math.sqrt(max(size, 1))
+
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        return _at_most(norm, _in_numbers(self.max_value, at_init))
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """The units whose root mean square is the bound, up to rounding; None if relative."""
+        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,8 +261,9 @@ class MinMaxNorm(_NormSet):
     The set is that of `keras.constraints.MinMaxNorm`.
 
     Args:
-        min_value: The lower bound, at least 0.
-        max_value: The upper bound, at least `min_value`.
+        min_value: The lower bound, at least 0, or a multiple of each unit's norm at init, such
+            as `"0.5x init"`, which `project` keeps in its state.
+        max_value: The upper bound, at least `min_value`, or a multiple as there.
         rate: How far to go in one step: the norm becomes ``rate * clip(norm, min_value,
             max_value) + (1 - rate) * norm``. With a rate below 1 the result is nearer to
             the set, not in it.
@@ -184,15 +282,17 @@ class MinMaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
-    min_value: Number = number(0.0)
-    max_value: Number = number(1.0)
+    min_value: Bound = number(0.0)
+    max_value: Bound = number(1.0)
     rate: Number = number(1.0)
     axis: Axis = 0
 
     def __post_init__(self):
-        low = check_number("MinMaxNorm", "min_value", self.min_value, low=0)
-        high = check_number("MinMaxNorm", "max_value", self.max_value, low=0)
+        low = _check_bound("MinMaxNorm", "min_value", self.min_value)
+        high = _check_bound("MinMaxNorm", "max_value", self.max_value)
         check_number("MinMaxNorm", "rate", self.rate, low=0, high=1)
+        if isinstance(self.min_value, str) and isinstance(self.max_value, str):
+            low, high = _factor(self.min_value), _factor(self.max_value)
         if low is not None and high is not None and low > high:
             raise ValueError(
                 f"MinMaxNorm: min_value={self.min_value!r} is above "
@@ -200,15 +300,23 @@ class MinMaxNorm(_NormSet):
             )
         super().__post_init__()
 
-    def _scale(self, norm: jax.Array) -> jax.Array:
-        scale = _at_most(norm, self.max_value) * _at_least(norm, self.min_value)
-        rate = _value(self.rate, norm.dtype)
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether there is no lower bound."""
+        return isinstance(self.min_value, (int, float)) and self.min_value == 0
+
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        low, high = (_in_numbers(b, at_init) for b in (self.min_value, self.max_value))
+        scale = _at_most(norm, high) * _at_least(norm, low)
+        rate = value(self.rate, norm.dtype)
         return rate * scale + (1 - rate)
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
-        """The units whose norm is one of the bounds, up to rounding."""
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """The units whose norm is one of the bounds, up to rounding; None if one is relative."""
+        if self.remembers:
+            return None
         norm = self._norm(w)
-        low = norm <= _value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(w.dtype))
+        low = norm <= _in_numbers(self.min_value, norm) * (1 + 2 * _numerics.eps(w.dtype))
         return low | _reaches(norm, self.max_value, w.dtype)
 
 
@@ -239,20 +347,65 @@ class UnitNorm(_NormSet):
 
     axis: Axis = 0
 
-    def _scale(self, norm: jax.Array) -> jax.Array:
-        # Only the value snaps to 1: the derivative at a unit vector is that of w / ||w||.
-        error = jnp.where(jnp.abs(norm - 1) <= _tolerance(norm), 1 - norm, 0)
-        norm = norm + jax.lax.stop_gradient(error)
-        return 1 / jnp.where(_is_zero(norm), 1, norm)
+    smooth = True
+
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        del at_init
+        return _exactly(norm, jnp.ones((), norm.dtype))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
         return self._norm(w) > 0
 
 
-def _reaches(norm: jax.Array, bound: Number, dtype: jnp.dtype) -> jax.Array:
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedNorm(_NormSet):
+    """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
+
+    Not convex. The projection divides each unit by its norm and multiplies it by `value`, and
+    is the nearest point; a unit of zeros has no direction and stays zero. With `"init"` the
+    norms are taken when `project` is initialised and kept in its state, so that they do not
+    drift, however long the training; a unit of zeros at init stays zero for good. Without
+    that state, as in `constrain(params, rules)`, weights count as those at init. One pass to
+    take the norms and one to scale.
+
+    Args:
+        value: The norm: a number of at least 0, a JAX scalar, a schedule, or `"init"`, or a
+            multiple of it, such as `"2x init"`.
+        axis: The axes along which one unit runs, as for `MaxNorm`; by default all of them.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `value` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.fixed_norm(10.0)(jnp.array([[3.0], [4.0]]))
+        Array([[6.],
+               [8.]], dtype=float32)
+    """
+
+    value: Bound = number()
+    axis: Axis = None
+
+    def __post_init__(self):
+        _check_bound("FixedNorm", "value", self.value)
+        super().__post_init__()
+
+    smooth = True
+
+    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        return _exactly(norm, _in_numbers(self.value, at_init))
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """All units but those of zeros."""
+        return self._norm(w) > 0
+
+
+def _reaches(norm: jax.Array, bound: Bound, dtype: jnp.dtype) -> jax.Array:
     """Whether a norm is at or above a bound, as far as `dtype` can tell."""
-    return norm >= _value(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
+    return norm >= _in_numbers(bound, norm) * (1 - 2 * _numerics.eps(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,0 +1,586 @@
+"""Sets of square matrices that are not about singular values, and kernels with one value a ring."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_constraints import _numerics
+from optax_constraints._axes import Axis, LeafLayout
+from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._text import describe
+from optax_constraints.sets._common import MatrixSet, widen
+from optax_constraints.sets.combinators import Stacked
+
+# Accelerators would multiply float32 matrices in fewer bits.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _transpose(a: jax.Array) -> jax.Array:
+    return jnp.swapaxes(a, -1, -2)
+
+
+@jax.custom_jvp
+def _keep(w: jax.Array, target: jax.Array) -> jax.Array:
+    """The target; where the weights equal it, themselves, so that a zero keeps its sign."""
+    return jnp.where(w == target, w, target)
+
+
+@_keep.defjvp
+def _keep_jvp(primals, tangents):
+    return _keep(*primals), tangents[1]
+
+
+class _Mirrored(MatrixSet):
+    """What `Symmetric` and `SkewSymmetric` share: a matrix is its mirror image."""
+
+    convex = True
+    smooth = True
+    square = True
+    sign: ClassVar[int]
+
+    def _mirror(self, a: jax.Array) -> jax.Array:
+        return self.sign * _transpose(a)
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        # Not a + (image - a) / 2, which is not its own image to the bit.
+        image = self._mirror(a)
+        total = a + image
+        mean = jnp.where(jnp.isinf(total), a / 2 + image / 2, total / 2)
+        return _keep(a, mean)
+
+    def update(
+        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The update of one leaf, corrected so that the sum is its own image to the bit.
+
+        From weights in the set it always is. From others, an entry and its image come to the
+        target with different roundings. The one that starts from less then goes where the
+        other one arrived, as near as the dtype can express in an update.
+        """
+        delta, after = super().update(params, updates, after)
+        p, restore = self._matrices(params)
+        reached, _ = self._matrices(jnp.asarray(params + delta).astype(params.dtype))
+        image = self._mirror(p)
+        first = jnp.arange(p.shape[-1])[:, None] <= jnp.arange(p.shape[-1])
+        leads = (jnp.abs(p) > jnp.abs(image)) | ((jnp.abs(p) == jnp.abs(image)) & first)
+        goal = restore(jnp.where(leads, reached, self._mirror(reached))).astype(params.dtype)
+        reached = restore(reached).astype(params.dtype)
+        delta = jnp.where(
+            reached == goal, delta, goal.astype(delta.dtype) - params.astype(delta.dtype)
+        )
+        reached = jnp.asarray(params + delta).astype(params.dtype)
+        towards = jnp.where(goal > reached, jnp.inf, -jnp.inf).astype(delta.dtype)
+        outside = (goal > reached) | (goal < reached)
+        return jnp.where(outside, jnp.nextafter(delta, towards), delta), after
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Symmetric(_Mirrored):
+    """Each matrix is its own transpose: ``{W : W = W^T}``.
+
+    A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest
+    point, and its result is symmetric to the bit in every dtype. One pass over the weights
+    and their transpose.
+
+    Args:
+        axis: None for the last two axes; otherwise the axes that are flattened into the rows.
+
+    Raises:
+        TypeError: If `axis` has the wrong type.
+        ValueError: If an axis is repeated; when used, if the matrices are not square.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]))
+        Array([[1., 3.],
+               [3., 3.]], dtype=float32)
+    """
+
+    sign = 1
+    axis: Axis = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkewSymmetric(_Mirrored):
+    """Each matrix is minus its transpose: ``{W : W = -W^T}``.
+
+    A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest
+    point, and its result is skew-symmetric to the bit in every dtype. One pass over the
+    weights and their transpose. The matrix exponential of such a matrix is a rotation.
+
+    Args:
+        axis: None for the last two axes; otherwise the axes that are flattened into the rows.
+
+    Raises:
+        TypeError: If `axis` has the wrong type.
+        ValueError: If an axis is repeated; when used, if the matrices are not square.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.skew_symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]))
+        Array([[ 0., -1.],
+               [ 1.,  0.]], dtype=float32)
+    """
+
+    sign = -1
+    axis: Axis = None
+
+
+# Positive semidefinite matrices.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PositiveSemidefinite(MatrixSet):
+    """Each matrix is symmetric, and its eigenvalues have a lower bound.
+
+    ``{W : W = W^T, lambda(W) >= min_eigenvalue}``, convex. The projection takes the
+    symmetric part and raises the eigenvalues that are below the bound to it; this is the
+    nearest point (N. Higham, "Computing a nearest symmetric positive semidefinite matrix",
+    1988), up to the rounding of the eigenvalues, which goes by the largest of them. The
+    result is symmetric to the bit.
+
+    One Cholesky factorisation, which tells whether a matrix is in the set; if one of an array
+    is not, one eigendecomposition of each.
+
+    Args:
+        min_eigenvalue: The lower bound: a number, a JAX scalar or a schedule. With a positive
+            one the matrices are positive definite.
+        axis: None for the last two axes; otherwise the axes that are flattened into the rows.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `min_eigenvalue` is NaN, or an axis is repeated; when used, if the
+            matrices are not square.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.positive_semidefinite()(jnp.array([[0.0, 2.0], [2.0, 0.0]]))
+        Array([[1., 1.],
+               [1., 1.]], dtype=float32)
+    """
+
+    convex = True
+    square = True
+    min_eigenvalue: Number = number(0.0)
+    axis: Axis = None
+
+    def __post_init__(self):
+        check_number("PositiveSemidefinite", "min_eigenvalue", self.min_eigenvalue)
+        super().__post_init__()
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        return _project_positive(a, value(self.min_eigenvalue, a.dtype)) if a.size else a
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The matrices whose smallest eigenvalue is the bound, up to rounding."""
+        a, _ = self._matrices(w)
+        if not a.size:
+            return jnp.zeros(a.shape[:-2], bool)
+        a = jnp.where(jnp.isfinite(a), a, 0)
+        eigenvalues = jnp.linalg.eigvalsh(a)
+        largest = jnp.max(jnp.abs(eigenvalues), axis=-1)
+        bound = value(self.min_eigenvalue, a.dtype)
+        slack = _eigenvalue_rounding(a) * largest + 2 * _numerics.eps(w.dtype) * largest
+        return eigenvalues[..., 0] <= bound + slack
+
+
+def _eigenvalue_rounding(a: jax.Array) -> float:
+    """The rounding of eigenvalues, relative to the largest."""
+    return 4 * _numerics.eps(a.dtype) * max(1, a.shape[-1] / 16) ** 0.5
+
+
+def _symmetric_part(a: jax.Array) -> jax.Array:
+    return a / 2 + _transpose(a) / 2
+
+
+def _power_of_two(largest: jax.Array) -> jax.Array:
+    """An exponent by which numbers up to `largest` are scaled to about 1, without underflow."""
+    info = jnp.finfo(largest.dtype)
+    exponent = jnp.frexp(largest)[1]
+    return jnp.clip(exponent, int(info.minexp) + 2, int(info.maxexp) - 2)
+
+
+def _exp2(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.ldexp(jnp.ones((), dtype), exponent)
+
+
+def _is_positive(a: jax.Array, bound: jax.Array) -> jax.Array:
+    """Whether a Cholesky factorisation finds the matrices in the set, up to rounding."""
+    largest = jnp.max(jnp.abs(jnp.diagonal(a, axis1=-2, axis2=-1)), axis=-1, keepdims=True)
+    slack = _eigenvalue_rounding(a) * largest[..., None]
+    shifted = a + (slack - bound) * jnp.eye(a.shape[-1], dtype=a.dtype)
+    factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
+    symmetric = jnp.all(a == _transpose(a), axis=(-2, -1), keepdims=True)
+    return symmetric & jnp.all(jnp.isfinite(factor), axis=(-2, -1), keepdims=True)
+
+
+def _eigen(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvectors and eigenvalues of the symmetric part, and the rounding of these."""
+    exponent = _power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    scaled = _symmetric_part(a * _exp2(-exponent, a.dtype))
+    vectors, values = lax.linalg.eigh(scaled, symmetrize_input=False)
+    values = values * _exp2(exponent, a.dtype)[..., 0]
+    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return vectors, values, _eigenvalue_rounding(a) * largest
+
+
+def _raise_eigenvalues(a: jax.Array, bound: jax.Array) -> jax.Array:
+    vectors, values, slack = _eigen(a)
+    above = jnp.maximum(values - bound, 0)
+    out = _matmul(vectors * above[..., None, :], _transpose(vectors))
+    out = _symmetric_part(out) + bound * jnp.eye(a.shape[-1], dtype=a.dtype)
+    inside = jnp.all(values >= bound - slack, axis=-1)[..., None, None]
+    return jnp.where(inside & jnp.all(a == _transpose(a), (-2, -1), keepdims=True), a, out)
+
+
+@jax.custom_jvp
+def _positive(a: jax.Array, bound: jax.Array) -> jax.Array:
+    inside = _is_positive(a, bound)
+    return lax.cond(
+        jnp.all(inside),
+        lambda a, bound: a,
+        lambda a, bound: jnp.where(inside, a, _raise_eigenvalues(a, bound)),
+        a,
+        bound,
+    )
+
+
+@_positive.defjvp
+def _positive_jvp(primals, tangents):
+    """The divided differences of ``max(lambda, bound)``, after Daleckii and Krein.
+
+    With the heights g above and h below the bound these are ``(g_i + g_j) / (g_i + g_j + h_i
+    + h_j)``, without a difference that cancels.
+    """
+    a, bound = primals
+    da, dbound = tangents
+    vectors, values, slack = _eigen(a)
+    above = jnp.maximum(values - bound, 0)
+    below = jnp.where(values < bound - slack, bound - values, 0)
+    rise = above[..., :, None] + above[..., None, :]
+    fall = below[..., :, None] + below[..., None, :]
+    divided = jnp.where(fall > 0, rise / jnp.where(fall > 0, rise + fall, 1), 1)
+    inner = _matmul(_matmul(_transpose(vectors), _symmetric_part(da)), vectors)
+    inner = divided * inner + dbound * (below > 0)[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    return _positive(a, bound), _matmul(_matmul(vectors, inner), _transpose(vectors))
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+_project_positive = jax.jit(_positive)
+
+
+# Doubly stochastic matrices.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DoublyStochastic(MatrixSet):
+    """Each matrix is nonnegative, and each of its rows and columns sums to 1.
+
+    ``{W : W >= 0, W 1 = 1, W^T 1 = 1}``, the Birkhoff polytope, whose corners are the
+    permutations; convex. The projection is the nearest point, ``max(W - u_i - v_j, 0)`` with a
+    potential for each row and column. Sinkhorn's scaling is another map.
+
+    The potentials maximise a concave, piecewise quadratic dual, by a semismooth Newton method
+    with an exact line search (X. Li, D. Sun, K.-C. Toh, "On the efficient computation of a
+    generalized Jacobian of the projector over the Birkhoff polytope", 2020). Each of its steps
+    costs one product and one Cholesky factorisation of the size of the matrix. ...
+
+    Args:
+        axis: None for the last two axes; otherwise the axes that are flattened into the rows.
+
+    Raises:
+        TypeError: If `axis` has the wrong type.
+        ValueError: If an axis is repeated; when used, if the matrices are not square.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.doubly_stochastic()(jnp.array([[0.5, 0.0], [0.0, 0.1]]))
+        Array([[0.65, 0.35],
+               [0.35, 0.65]], dtype=float32)
+    """
+
+    convex = True
+    smooth = True
+    square = True
+    axis: Axis = None
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        return _nearest_doubly_stochastic(a) if a.size else a
+
+    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+        """The part of a vector along the matrices whose rows and columns sum to 1.
+
+        It is that along the set where all entries are positive.
+
+        Args:
+            w: A point of the set.
+            v: A vector, of the same shape.
+
+        Returns:
+            The vector with the means of its rows and columns taken out.
+        """
+        del w
+        a, restore = self._matrices(v)
+        a = a - jnp.mean(a, axis=-1, keepdims=True)
+        return restore(a - jnp.mean(a, axis=-2, keepdims=True)).astype(v.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The entries that are zero."""
+        return w <= 0
+
+
+_NEWTON_STEPS = 200
+_POLISHING_STEPS = 3
+_REFINEMENTS = 4
+
+
+def _excess(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By how much the rows and the columns of one matrix sum to more than 1."""
+    return jnp.sum(x, axis=1) - 1, jnp.sum(x, axis=0) - 1
+
+
+def _largest(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.max(jnp.abs(rows)), jnp.max(jnp.abs(columns)))
+
+
+def _sum_rounding(x: jax.Array) -> float:
+    """The rounding of the sums of a doubly stochastic matrix."""
+    return 4 * _numerics.eps(x.dtype) * max(1, x.shape[-1] / 64) ** 0.5
+
+
+def _potential_solver(active: jax.Array, ridge: jax.typing.ArrayLike = 0) -> Callable[..., Any]:
+    """Solves for the potentials whose sums over the active entries of rows and columns are given.
+
+    The system is that of a bipartite graph, singular as often as the graph falls apart, so its
+    diagonal gets a ridge: at least what rounding asks for. One half of it is eliminated.
+    """
+    rows, columns = jnp.sum(active, axis=1), jnp.sum(active, axis=0)
+    floor = 16 * _numerics.eps(active.dtype) * jnp.maximum(jnp.max(rows), jnp.max(columns))
+    ridge = jnp.maximum(ridge, floor)
+    rows, columns = rows + ridge, columns + ridge
+    share = active / rows[:, None]
+    factor = lax.linalg.cholesky(
+        jnp.diag(columns) - _matmul(active.T, share), symmetrize_input=False
+    )
+
+    def solve(row_sums: jax.Array, column_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+        v = jax.scipy.linalg.cho_solve((factor, True), column_sums - _matmul(row_sums, share))
+        return row_sums / rows - _matmul(share, v), v
+
+    return solve
+
+
+def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
+    """Maximises the dual of one matrix; returns a matrix that is in the set up to rounding."""
+    tolerance = 2 * _sum_rounding(b) * (1 + size)
+
+    def point(u: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.maximum(b - u[:, None] - v, 0)
+
+    def going(state) -> jax.Array:
+        _, _, error, before, count = state
+        # Near the end, what no longer halves the error is rounding.
+        return (
+            (count < _NEWTON_STEPS)
+            & (error > tolerance)
+            & ((error > 8 * tolerance) | (error < before / 2))
+        )
+
+    def step(state):
+        u, v, before, _, count = state
+        x = point(u, v)
+        rows, columns = _excess(x)
+        active = (x > 0).astype(b.dtype)
+        solve = _potential_solver(active, 3 * jnp.minimum(before, 1) / (1 + size))
+        du, dv = solve(rows, columns)
+        sound = rows @ du + columns @ dv > 0  # not where the factorisation failed
+        du = jnp.where(sound, du, rows / (2 * jnp.maximum(jnp.sum(active, 1), 1)))
+        dv = jnp.where(sound, dv, columns / (2 * jnp.maximum(jnp.sum(active, 0), 1)))
+
+        def slope(t: jax.typing.ArrayLike) -> jax.Array:
+            rows, columns = _excess(point(u + t * du, v + t * dv))
+            return rows @ du + columns @ dv
+
+        t = _line_search(slope, slope(0))
+        u, v = u + t * du, v + t * dv
+        return u, v, _largest(*_excess(point(u, v))), before, count + 1
+
+    zero = jnp.zeros(b.shape[0], b.dtype)
+    start = _largest(*_excess(point(zero, zero)))
+    u, v, *_ = lax.while_loop(going, step, (zero, zero, start, jnp.full_like(start, jnp.inf), 0))
+    return point(u, v)
+
+
+def _line_search(slope: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
+    """A step of at most 1 at which a decreasing slope, positive at 0, is nearly zero."""
+
+    def going(state) -> jax.Array:
+        *_, t, at, count = state
+        return (count < 20) & ((at < -0.1 * start) | ((t < 1) & (at > 0.5 * start)))
+
+    def step(state):
+        low, low_slope, high, high_slope, t, at, count = state
+        past = at < 0
+        low, low_slope = jnp.where(past, low, t), jnp.where(past, low_slope, at)
+        high, high_slope = jnp.where(past, t, high), jnp.where(past, at, high_slope)
+        t = low + (high - low) * jnp.clip(low_slope / (low_slope - high_slope), 0.1, 0.9)
+        return low, low_slope, high, high_slope, t, slope(t), count + 1
+
+    one = jnp.ones_like(start)
+    at = slope(one)
+    return lax.while_loop(going, step, (0 * one, start, one, at, one, at, 0))[4]
+
+
+def _polish(x: jax.Array) -> jax.Array:
+    """Moves the positive entries of one matrix so that the sums are right."""
+
+    def going(state) -> jax.Array:
+        x, count = state
+        return (count < _POLISHING_STEPS) & (_largest(*_excess(x)) > _sum_rounding(x) / 2)
+
+    def step(state):
+        x, count = state
+        active = x > 0
+        u, v = _potential_solver(active.astype(x.dtype))(*_excess(x))
+        moved = jnp.where(active, jnp.maximum(x - u[:, None] - v, 0), 0)
+        return jnp.where(jnp.isfinite(u[0]), moved, x), count + 1
+
+    return lax.while_loop(going, step, (x, 0))[0]
+
+
+def _repair(x: jax.Array) -> jax.Array:
+    """A nearby point of the set, by scaling down and filling up.
+
+    J. Altschuler, J. Weed, P. Rigollet, "Near-linear time approximation algorithms for optimal
+    transport via Sinkhorn iteration", 2017.
+    """
+    x = x / jnp.maximum(jnp.sum(x, axis=1, keepdims=True), 1)
+    x = x / jnp.maximum(jnp.sum(x, axis=0, keepdims=True), 1)
+    rows, columns = (jnp.maximum(-excess, 0) for excess in _excess(x))
+    total = jnp.sum(rows)
+    return x + rows[:, None] * (columns / jnp.where(total > 0, total, 1))
+
+
+def _in_birkhoff(a: jax.Array) -> jax.Array:
+    return jnp.all(a >= 0) & (_largest(*_excess(a)) <= _sum_rounding(a))
+
+
+def _from_outside(a: jax.Array) -> jax.Array:
+    exponent = _power_of_two(jnp.max(jnp.abs(a)))
+    b = a * _exp2(-exponent, a.dtype)
+    b = b - jnp.mean(b, axis=1, keepdims=True)
+    b = b - jnp.mean(b, axis=0, keepdims=True)
+    size = jnp.max(jnp.abs(b))
+    # Beyond this the potentials have no bits left for entries of size 1.
+    most = 11 if a.dtype == jnp.float32 else 18
+    exponent = jnp.minimum(exponent, most - jnp.frexp(size)[1])
+    scale = _exp2(exponent, a.dtype)
+    x = _polish(_ascend(b * scale + 1 / a.shape[0], size * scale))
+    return jnp.where(_largest(*_excess(x)) > _sum_rounding(a), _repair(x), x)
+
+
+@jax.custom_jvp
+def _nearest(a: jax.Array) -> jax.Array:
+    return lax.cond(_in_birkhoff(a), lambda a: a, _from_outside, a)
+
+
+@_nearest.defjvp
+def _nearest_jvp(primals, tangents):
+    """The orthogonal projection onto what has sums of 0 and moves positive entries only."""
+    x = _nearest(*primals)
+    active = (x > 0).astype(x.dtype)
+    solve = _potential_solver(active)
+    dx = active * tangents[0]
+    for _ in range(_REFINEMENTS):
+        u, v = solve(jnp.sum(dx, axis=1), jnp.sum(dx, axis=0))
+        dx = dx - active * (u[:, None] + v)
+    return x, dx
+
+
+_nearest_doubly_stochastic = jax.jit(jnp.vectorize(_nearest, signature="(n,n)->(n,n)"))
+
+
+# Kernels with one value a ring.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Radial(Constraint):
+    """The weights of each square window are the same at the same distance from its centre.
+
+    The window is the first two axes, as in the kernel (height, width, in, out) of a Conv2D;
+    the distance of an entry is ``max(|row - centre|, |column - centre|)``, so that a ring is
+    the border of a square, and each slice along the other axes has its own values. A linear
+    subspace: convex and smooth. The projection takes the mean of each ring, and is the
+    nearest point. Two passes over the weights.
+
+    The set is the one that the documentation of `tf.keras.constraints.RadialConstraint`
+    shows; the code there copies values instead, and not those of its documentation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.radial()(jnp.array([[8.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]]))
+        Array([[1., 1., 1.],
+               [1., 5., 1.],
+               [1., 1., 1.]], dtype=float32)
+    """
+
+    convex = True
+    smooth = True
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one kernel; means are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide = widen("Radial", w)
+        _check_window(None, w.shape)
+        if not w.size:
+            return w
+        members, ring = _rings(w.shape[0])
+        flat = wide.reshape(ring.size, -1)
+        present = (members >= 0)[..., None]
+        # The distances to one member of the ring, which are all 0 where it has one value.
+        first = flat[members[:, 0]]
+        count = np.sum(present, axis=1).astype(flat.dtype)
+        share = flat[members] / count[:, None] - (first / count)[:, None]
+        mean = first + jnp.sum(jnp.where(present, share, 0), axis=1)
+        return _keep(wide, mean[ring].reshape(w.shape)).astype(w.dtype)
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint, once the leaf has a square window."""
+        stacked = layout.stacked if layout is not None else ()
+        if stacked:
+            return Stacked(self, stacked).settle(path, shape)
+        _check_window(path, shape)
+        return self
+
+
+@functools.cache
+def _rings(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The entries of each ring of an n x n window, padded with -1, and the ring of each entry."""
+    i = np.minimum(np.arange(n), np.arange(n)[::-1])
+    ring = np.minimum(i[:, None], i).ravel()
+    members = np.full((ring.max() + 1, np.bincount(ring).max()), -1)
+    for number in range(len(members)):
+        entries = np.flatnonzero(ring == number)
+        members[number, : len(entries)] = entries
+    return members, ring
+
+
+def _check_window(path: str | None, shape: tuple[int, ...]) -> None:
+    if len(shape) < 2 or shape[0] != shape[1]:
+        raise ValueError(
+            f"Radial on {describe(path, shape)}: the first two axes are no square window; leave "
+            "this leaf free with a rule that maps its path to None."
+        )

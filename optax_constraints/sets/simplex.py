@@ -1,0 +1,525 @@
+"""Sets given by a sum over each unit: simplexes, l1 balls, planes and half spaces.
+
+A unit whose sum misses its value only by the rounding of that sum (8 machine epsilons of the
+dtype it was taken in, times the sum of the magnitudes) is allowed, and comes back bit for bit.
+What was moved is corrected once more by what its own sum still misses, so that it is allowed.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any, ClassVar, Self, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from optax_constraints import _numerics
+from optax_constraints._axes import Axis, LeafLayout, settle_axis
+from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._text import describe, shown
+from optax_constraints.sets._common import UnitSet
+
+
+def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x, axis=axis, keepdims=True)
+
+
+def _size(x: jax.Array, axis: tuple[int, ...]) -> int:
+    """How many entries a unit has."""
+    return math.prod(x.shape[a] for a in axis)
+
+
+def _tolerance(x: jax.Array) -> float:
+    """The rounding of a sum, relative to the sum of the magnitudes."""
+    return 8 * _numerics.eps(x.dtype)
+
+
+# Simplexes and l1 balls: a threshold for each unit.
+
+
+def _excess(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """By how much the sum passes `total`; near to it, without the rounding of large sums."""
+    return _sum(x - total / _size(x, axis), axis)
+
+
+def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
+    """The threshold, on the CPU only once the excess is known.
+
+    XLA's CPU backend would otherwise spread the threshold over an array of the size of the
+    leaf, for both sums to read, and take three times as long.
+    """
+    return lax.platform_dependent(
+        threshold,
+        excess,
+        cpu=lambda threshold, excess: jnp.minimum(threshold, threshold + jnp.abs(excess)),
+        default=lambda threshold, excess: threshold,
+    )
+
+
+def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """``max(x - threshold, 0)`` with the sum `total` in each unit; `free` units as they are.
+
+    Newton's method for the sum as a function of the threshold, which is convex, decreasing and
+    linear between entries. From below, the iterates rise to the root, and they are there when a
+    step leaves the active entries as they were, or passes the root by rounding. The excess times their number falls to a
+    quarter or less in each step, so there are few. Thresholds count from the largest entry:
+    what is nearer to it than `total` is all that matters, whatever the size of the weights.
+    """
+    z = x - jnp.where(free, 0, jnp.max(x, axis=axis, keepdims=True))
+    lowest = jnp.maximum(-total, (_sum(z, axis) - total) / _size(x, axis))
+    threshold = jnp.where(free, 0, lowest)
+
+    def step(state):
+        threshold, rest, active, done = state
+        threshold = jnp.where(done, threshold, threshold + rest)
+        excess = _excess(jnp.maximum(z - threshold, 0), total, axis)
+        now = jnp.sum(z > _apart(threshold, excess), axis=axis, keepdims=True, dtype=jnp.int32)
+        rest = jnp.where(done, rest, excess / jnp.maximum(now, 1))
+        return threshold, rest, now, done | (now >= active) | (excess <= 0)
+
+    none = jnp.zeros_like(threshold)
+    more = jnp.full(threshold.shape, _size(x, axis) + 1, jnp.int32)
+    # The last step's correction stays apart: added to the threshold, it would round away.
+    threshold, rest, _, _ = lax.while_loop(
+        lambda state: ~jnp.all(state[-1]), step, (threshold, none, more, free)
+    )
+    z = z - threshold
+    return jnp.where(z <= jnp.where(free, -jnp.inf, jnp.maximum(rest, 0)), 0, z - rest)
+
+
+def _mean_off(dx: jax.Array, total: jax.Array, active: jax.Array, axis: tuple[int, ...]):
+    """Shifts the active entries by the same amount to the sum `total`; all others are 0."""
+    count = jnp.maximum(jnp.sum(active, axis=axis, keepdims=True, dtype=jnp.int32), 1)
+    return jnp.where(active, dx - (_sum(jnp.where(active, dx, 0), axis) - total) / count, 0)
+
+
+def _in_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    near = jnp.abs(_excess(x, total, axis)) <= _tolerance(x) * total
+    return near & (jnp.min(x, axis=axis, keepdims=True) >= 0)
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _onto_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return _shrink(x, total, _in_simplex(x, total, axis), axis)
+
+
+@_onto_simplex.defjvp
+def _onto_simplex_jvp(axis, primals, tangents):
+    y = _onto_simplex(*primals, axis)
+    dx, dtotal = tangents
+    return y, _mean_off(dx, dtotal, y > 0, axis)
+
+
+def _in_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return _excess(jnp.abs(x), radius, axis) <= _tolerance(x) * radius
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _onto_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.copysign(_shrink(jnp.abs(x), radius, _in_l1_ball(x, radius, axis), axis), x)
+
+
+@_onto_l1_ball.defjvp
+def _onto_l1_ball_jvp(axis, primals, tangents):
+    (x, radius), (dx, dradius) = primals, tangents
+    y = _onto_l1_ball(x, radius, axis)
+    sign = jnp.sign(y)
+    outside = sign * _mean_off(sign * dx, dradius, y != 0, axis)
+    return y, jnp.where(_in_l1_ball(x, radius, axis), dx, outside)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Simplex(UnitSet):
+    """Each unit has no negative entry and sums to `total`.
+
+    ``{w : w >= 0, sum(unit) = total}``, convex; with ``total=1`` the weights of averages and
+    mixtures. The projection ``max(unit - threshold, 0)`` is the nearest point, exact up to
+    rounding, and usually sparse.
+
+    The threshold comes from Newton's method, without a sort: C. Michelot, "A finite algorithm
+    for finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory
+    Appl. 50, 1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math.
+    Program. 158, 2016. Two sums over the weights a step, for all units at once; about 7 steps
+    for random weights, never more than half as many as bits in the result and in the size.
+
+    Args:
+        total: The sum of each unit, at least 0.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `total` is negative, infinite or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.simplex()(jnp.array([[0.5, 0.25], [1.0, 0.75], [-1.0, 0.0]]))
+        Array([[0.25, 0.25],
+               [0.75, 0.75],
+               [0.  , 0.  ]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+
+    total: Number = number(1.0)
+    axis: Axis = 0
+
+    def __post_init__(self):
+        check_number("Simplex", "total", self.total, low=0, high=sys.float_info.max)
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        if not w.size:
+            return w
+        return _onto_simplex(wide, value(self.total, wide.dtype), axis).astype(w.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units with an entry of 0."""
+        wide, axis = self._widen(w)
+        return jnp.any(wide <= 0, axis=axis, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class L1Ball(UnitSet):
+    """The magnitudes of each unit sum to at most `radius`: ``{w : ||unit||_1 <= radius}``.
+
+    Convex; the projection ``sign(unit) * max(|unit| - threshold, 0)`` is the nearest point,
+    exact up to rounding, and usually sparse.
+
+    Costs what `Simplex` costs where a unit is outside, and one sum where none is. Method:
+    J. Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions",
+    ICML 2008, with the threshold of `Simplex`.
+
+    Args:
+        radius: The bound, at least 0.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `radius` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.l1_ball()(jnp.array([[0.5, 0.25], [-1.0, -0.5], [0.0, 0.125]]))
+        Array([[ 0.25 ,  0.25 ],
+               [-0.75 , -0.5  ],
+               [ 0.   ,  0.125]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+
+    radius: Number = number(1.0)
+    axis: Axis = 0
+
+    def __post_init__(self):
+        check_number("L1Ball", "radius", self.radius, low=0)
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        if not w.size:
+            return w
+        return _onto_l1_ball(wide, value(self.radius, wide.dtype), axis).astype(w.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units whose magnitudes sum to the radius, up to rounding."""
+        wide, axis = self._widen(w)
+        bound = value(self.radius, wide.dtype) * (1 - 2 * _numerics.eps(w.dtype))
+        return _sum(jnp.abs(wide), axis) >= bound
+
+
+# Planes and half spaces: a step along a normal.
+
+
+def _dot(x: jax.Array, normal: jax.Array | None, axis: tuple[int, ...]) -> jax.Array:
+    """The inner product with the normal; None stands for ones."""
+    return _sum(x if normal is None else x * normal, axis)
+
+
+def _step(x: jax.Array, normal: jax.Array | None, length: jax.Array) -> jax.Array:
+    """``x`` after a step against the normal."""
+    return x - (length if normal is None else length * normal)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "half"))
+def _onto_plane(
+    x: jax.Array,
+    normal: jax.Array | None,
+    point: jax.Array,
+    *,
+    axis: tuple[int, ...],
+    half: bool = False,
+) -> jax.Array:
+    """The nearest point of a plane, or of the half space below it.
+
+    Args:
+        x: The weights.
+        normal: The normal, of any length; None for ones.
+        point: The plane's nearest point to zero.
+        axis: The axes of a unit.
+        half: Whether what lies below the plane stays.
+    """
+    square = _size(x, axis) if normal is None else _sum(jnp.square(normal), axis)
+    height = _dot(x - point, normal, axis)
+    slack = _tolerance(x) * _sum(jnp.abs(x) if normal is None else jnp.abs(x * normal), axis)
+    if half:
+        height = jnp.where(height <= slack, 0, height)
+    else:
+        # Only the value snaps to 0: the derivative on the plane is that of the step.
+        height = height - lax.stop_gradient(jnp.where(jnp.abs(height) <= slack, height, 0))
+    moved = _step(x, normal, height / square)
+    rest = jnp.where(height == 0, 0, _dot(moved - point, normal, axis) / square)
+    return _step(moved, normal, lax.stop_gradient(rest))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SumTo(UnitSet):
+    """Each unit sums to `value`: ``{w : sum(unit) = value}``.
+
+    A plane, so convex; the projection adds the same number to all entries of a unit, and is
+    the nearest point, exact up to rounding. Three sums over the weights, and one pass to add.
+
+    Args:
+        value: The sum of each unit.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `value` is infinite or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.sum_to(1.0)(jnp.array([[0.5, 1.0], [0.0, 2.0]]))
+        Array([[0.75, 0.  ],
+               [0.25, 1.  ]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    value: Number = number()
+    axis: Axis = 0
+
+    def __post_init__(self):
+        _check_finite("SumTo", "value", self.value)
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
+        return _onto_plane(wide, None, mean, axis=axis).astype(w.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CenterAround(UnitSet):
+    """The mean of each unit is `ref_value`: ``{w : mean(unit) = ref_value}``.
+
+    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact
+    up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        ref_value: The mean of each unit.
+        axis: The axes along which one unit runs, as for `MaxNorm`; the whole tensor by default.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `ref_value` is infinite or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.center_around(1.0)(jnp.array([[0.5, 1.0], [0.0, 2.5]]))
+        Array([[0.5, 1. ],
+               [0. , 2.5]], dtype=float32)
+        >>> oc.center_around(0.0, axis=0)(jnp.array([[0.5, 1.0], [0.0, 2.5]]))
+        Array([[ 0.25, -0.75],
+               [-0.25,  0.75]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    ref_value: Number = number()
+    axis: Axis = None
+
+    def __post_init__(self):
+        _check_finite("CenterAround", "ref_value", self.ref_value)
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; means are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        mean = value(self.ref_value, wide.dtype)
+        return _onto_plane(wide, None, mean, axis=axis).astype(w.dtype)
+
+
+def _check_finite(owner: str, name: str, value: Number) -> None:
+    check_number(owner, name, value, low=-sys.float_info.max, high=sys.float_info.max)
+
+
+class _NormalSet(UnitSet):
+    """What the sets with a normal share."""
+
+    normal: Any
+    offset: Number
+
+    def __post_init__(self):
+        name = type(self).__name__
+        object.__setattr__(self, "normal", _check_normal(name, self.normal))
+        _check_finite(name, "offset", self.offset)
+        super().__post_init__()
+
+    def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
+        """This constraint with `axis` as axes of one leaf, whose units the normal must fit."""
+        settled = cast(Self, super().settle(path, shape, layout))
+        settled._check_shape(path, shape)
+        return settled
+
+    def _check_shape(self, path: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Raises if the normal does not fit a leaf of this shape; returns the unit's axes."""
+        name = type(self).__name__
+        axis = settle_axis(name, self.axis, shape, path)
+        unit = tuple(shape[a] for a in axis)
+        if self.normal.shape != unit:
+            raise ValueError(
+                f"{name} on {describe(path, shape)}: a unit along axis={self.axis!r} has shape "
+                f"{unit}, and the normal has shape {self.normal.shape}; write a normal of shape "
+                f"{unit}, or another axis."
+            )
+        return axis
+
+    def _plane(self, wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The normal, with 1 as its largest entry, and the nearest point to zero."""
+        axis = self._check_shape(None, wide.shape)
+        beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
+        normal = jnp.asarray(self.normal, wide.dtype).reshape(beside)
+        largest = jnp.max(jnp.abs(normal))
+        normal = normal / largest
+        offset = value(self.offset, wide.dtype) / largest
+        return normal, normal * (offset / _sum(jnp.square(normal), axis))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hyperplane(_NormalSet):
+    """The inner product of each unit with `normal` is `offset`.
+
+    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal,
+    and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        normal: An array of the shape of one unit: the lengths of the leaf's axes in `axis`, in
+            the leaf's order. Not zero; its length does not matter but for `offset`.
+        offset: The inner product.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `normal` is zero, or a number is infinite or NaN, or an axis is repeated;
+            when bound or called, if `normal` does not have the shape of a unit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.hyperplane([1.0, -1.0])(jnp.array([[0.5, 1.0], [0.5, 2.0]]))
+        Array([[0.5, 1.5],
+               [0.5, 1.5]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    normal: Any
+    offset: Number = number(0.0)
+    axis: Axis = 0
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        return _onto_plane(wide, *self._plane(wide), axis=axis).astype(w.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HalfSpace(_NormalSet):
+    """The inner product of each unit with `normal` is at most `offset`.
+
+    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside
+    along the normal, and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        normal: An array of the shape of one unit, as for `Hyperplane`.
+        offset: The bound of the inner product.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `normal` is zero, or a number is infinite or NaN, or an axis is repeated;
+            when bound or called, if `normal` does not have the shape of a unit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.half_space([1.0, 1.0], 2.0)(jnp.array([[0.5, 1.0], [0.5, 2.0]]))
+        Array([[0.5, 0.5],
+               [0.5, 1.5]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+
+    normal: Any
+    offset: Number = number(0.0)
+    axis: Axis = 0
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        return _onto_plane(wide, *self._plane(wide), axis=axis, half=True).astype(w.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units that lie on the plane, up to rounding."""
+        wide, axis = self._widen(w)
+        normal, point = self._plane(wide)
+        slack = 2 * _numerics.eps(w.dtype) * _sum(jnp.abs(wide * normal), axis)
+        return _dot(wide - point, normal, axis) >= -slack
+
+
+def _check_normal(owner: str, normal: Any) -> Any:
+    """The normal as an array, checked as far as it is concrete."""
+    what = f"{owner}: normal={shown(normal)}"
+    if not isinstance(normal, jax.Array):
+        try:
+            normal = np.asarray(normal)
+        except ValueError:
+            raise ValueError(f"{what} is ragged; write one number for each entry.") from None
+    if not (
+        jnp.issubdtype(normal.dtype, jnp.floating) or jnp.issubdtype(normal.dtype, jnp.integer)
+    ):
+        raise TypeError(f"{what} is not an array of real numbers.")
+    if isinstance(normal, Tracer) or (
+        isinstance(normal, jax.Array) and not normal.is_fully_addressable
+    ):
+        return normal
+    entries = np.asarray(normal).astype(np.float64)
+    if not np.all(np.isfinite(entries)):
+        raise ValueError(f"{what} has an infinite entry or a NaN; write finite numbers.")
+    if not np.any(entries):
+        raise ValueError(f"{what} is zero and has no direction; write one that is not.")
+    return normal

@@ -1,0 +1,546 @@
+"""Sets of matrices that are told by their singular values.
+
+All compute in float32 or wider, on the matrix divided by a power of two, so that nothing
+overflows. An allowed matrix comes back bit for bit; allowed is what holds up to the rounding of
+the test itself, which is `_tolerance`.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_constraints import _numerics
+from optax_constraints._axes import Axis
+from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints.sets._common import MatrixSet
+
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Orthogonal(MatrixSet):
+    """The columns are orthonormal, times `scale`: ``{W : W^T W = scale^2 I}``; rows if wide.
+
+    Not convex. The projection is `scale` times the polar factor of the matrix, the nearest
+    point, which is unique for a matrix of full rank. Of another one the directions that it
+    does not have are zero or completed by rounding, so that the result is finite, but not in
+    general orthogonal; zero stays zero.
+
+    Only matrix products, and as many as the matrix needs. Near the set, where a training step
+    ends, a quintic Newton-Schulz step and a cubic one: 5 products in all, and 1 for a matrix
+    that is in the set. Elsewhere the minimax quintics of N. Amsel et al., "The Polar Express",
+    2025, arXiv:2505.16932, come first: about 9 steps of 3 products up to a condition of 1e4,
+    and beyond as many as it takes. Entries of ``W^T W / scale^2 - I`` end below 1e-6 in float32.
+    The distance to the exact polar factor is that of its conditioning: some eps times the
+    ratio of the largest singular value to the smallest.
+
+    Args:
+        scale: The singular values, a positive number, a JAX scalar or a schedule.
+        axis: None for the last two axes as the matrix (those before them number matrices), or
+            the axes that are flattened into its rows, such as `"fan_in"`. For a convolution
+            that is the kernel as a matrix, not the operator.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `scale` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.orthogonal()(jnp.array([[0.0, 3.0], [-2.0, 0.0]])).round(4)
+        Array([[ 0.,  1.],
+               [-1.,  0.]], dtype=float32)
+    """
+
+    smooth = True
+    scale: Number = number(1.0)
+    axis: Axis = None
+
+    def __post_init__(self):
+        check_number("Orthogonal", "scale", self.scale, low=0)
+        super().__post_init__()
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        if not a.size:
+            return a
+        scale = value(self.scale, a.dtype)
+        if a.shape[-2] < a.shape[-1]:
+            return jnp.swapaxes(_orthogonal(jnp.swapaxes(a, -1, -2), scale), -1, -2)
+        return _orthogonal(a, scale)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """All matrices but those of zeros."""
+        return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaxSpectralNorm(MatrixSet):
+    """The largest singular value is at most `max_value`: ``{W : ||W||_2 <= max_value}``.
+
+    Convex. The projection clips the singular values and leaves those below the bound alone;
+    it is the nearest point, exact up to rounding.
+
+    Whether a matrix is allowed is told for sure, by a Cholesky decomposition of
+    ``max_value^2 I - W^T W``, which exists just for those matrices: one matrix product and a
+    sixth of another. Only where that fails a singular value decomposition follows.
+
+    It bounds the Lipschitz constant of a dense layer: H. Gouk et al., "Regularisation of
+    neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who divide
+    the whole matrix instead.
+
+    Args:
+        max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
+        axis: What is the matrix, as for `Orthogonal`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `max_value` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.max_spectral_norm()(jnp.array([[3.0, 0.0], [0.0, 0.5]]))
+        Array([[1. , 0. ],
+               [0. , 0.5]], dtype=float32)
+    """
+
+    convex = True
+    max_value: Number = number(1.0)
+    axis: Axis = None
+
+    def __post_init__(self):
+        check_number("MaxSpectralNorm", "max_value", self.max_value, low=0)
+        super().__post_init__()
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The matrices whose largest singular value is the bound, up to rounding."""
+        a, _ = self._matrices(w)
+        low = value(self.max_value, a.dtype) * (1 - 2 * (_numerics.eps(w.dtype) + _tolerance(a)))
+        return ~_surely_inside(a, low)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NuclearNormBall(MatrixSet):
+    """The sum of the singular values is at most `radius`: ``{W : ||W||_* <= radius}``.
+
+    Convex. The projection lowers all singular values by one threshold, and those below it to
+    zero, so that ranks go down; it is the nearest point, exact up to rounding. One singular
+    value decomposition on every call.
+
+    The threshold is that of the simplex: J. Duchi et al., "Efficient projections onto the
+    l1-ball for learning in high dimensions", ICML 2008.
+
+    Args:
+        radius: The bound, a number of at least 0, a JAX scalar or a schedule.
+        axis: What is the matrix, as for `Orthogonal`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `radius` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.nuclear_norm_ball(2.0)(jnp.array([[3.0, 0.0], [0.0, 2.0]]))
+        Array([[1.5, 0. ],
+               [0. , 0.5]], dtype=float32)
+    """
+
+    convex = True
+    radius: Number = number(1.0)
+    axis: Axis = None
+
+    def __post_init__(self):
+        check_number("NuclearNormBall", "radius", self.radius, low=0)
+        super().__post_init__()
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        return _spectral(_threshold, a, value(self.radius, a.dtype)) if a.size else a
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The matrices whose singular values sum to the bound, up to rounding."""
+        a, _ = self._matrices(w)
+        down = _down(a)
+        low = (1 - 2 * (_numerics.eps(w.dtype) + _tolerance(a))) * value(self.radius, a.dtype)
+        return ~_threshold(_svd(a * down).s, low * down[..., 0], 0).allowed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(MatrixSet):
+    """The rank is at most `rank`: ``{W : rank(W) <= rank}``.
+
+    Not convex. The projection keeps the `rank` largest singular values, and is the nearest
+    point; it is unique unless the next one is as large. Smooth at the matrices of just that
+    rank. Singular values below the rounding of their decomposition count as zero.
+
+    One singular value decomposition on every call. C. Eckart and G. Young, "The approximation
+    of one matrix by another of lower rank", Psychometrika 1, 1936.
+
+    Args:
+        rank: The number of singular values to keep, an int of at least 0.
+        axis: What is the matrix, as for `Orthogonal`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `rank` is negative, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.low_rank(1)(jnp.array([[3.0, 0.0], [0.0, 2.0]]))
+        Array([[3., 0.],
+               [0., 0.]], dtype=float32)
+    """
+
+    smooth = True
+    rank: int
+    axis: Axis = None
+
+    def __post_init__(self):
+        try:
+            if isinstance(self.rank, bool):
+                raise TypeError
+            rank = operator.index(self.rank)
+        except TypeError:
+            raise TypeError(
+                f"LowRank: rank={self.rank!r} is not an int; write how many singular values to "
+                "keep."
+            ) from None
+        if rank < 0:
+            raise ValueError(f"LowRank: rank={rank} is not allowed; write an int of at least 0.")
+        object.__setattr__(self, "rank", rank)
+        super().__post_init__()
+
+    def _project(self, a: jax.Array) -> jax.Array:
+        if self.rank >= min(a.shape[-2:]):
+            return a
+        return _spectral(_Truncate(self.rank), a, jnp.zeros((), a.dtype))
+
+
+# Scales.
+
+
+def _tolerance(a: jax.Array) -> float:
+    """The relative rounding of singular values and of entries of a Gram matrix."""
+    return (4 + max(a.shape[-2:]) ** 0.5 / 4) * _numerics.eps(a.dtype)
+
+
+def _down(a: jax.Array) -> jax.Array:
+    """A power of two for each matrix that takes its largest entry near 1."""
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    ordinary = (largest >= jnp.finfo(a.dtype).tiny) & (largest < jnp.inf)
+    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
+    # 2^-128 is not a normal float32.
+    exponent = jnp.minimum(exponent, jnp.finfo(a.dtype).maxexp - 2)
+    return jnp.ldexp(jnp.ones_like(largest), -exponent)
+
+
+def _gram(a: jax.Array) -> jax.Array:
+    """``A^T A``, or ``A A^T`` for a wide matrix."""
+    wide = a.shape[-2] < a.shape[-1]
+    contract = a.ndim - 1 if wide else a.ndim - 2
+    batch = tuple(range(a.ndim - 2))
+    dims = (((contract,), (contract,)), (batch, batch))
+    return lax.dot_general(a, a, dims, precision=lax.Precision.HIGHEST)
+
+
+# The polar factor.
+
+# Odd quintics a x + b x^3 + c x^5, one after the other, that take [1e-4, 1] to [0.9, 1.1]: each
+# is the minimax approximation of 1 on what the one before it left, with its lower end at a tenth
+# of its upper end at least, against rounding. Afterwards, the quintic of Newton and Schulz.
+_NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
+_QUINTICS = (
+    (7.708090908283992, -19.09753400410399, 13.38867228674827),
+    (3.8512929138476277, -2.387326648346359, 0.41874236031499384),
+    (3.8392588911994268, -2.3851081709831234, 0.4192745652788329),
+    (3.7938033844455146, -2.376890588992865, 0.42137941722773453),
+    (3.6317126167130467, -2.349982858420157, 0.43027654189043735),
+    (3.1641141619452195, -2.3075488410352976, 0.47618906141056644),
+    (2.2169395701737296, -1.5927264471709637, 0.41061265767562755),
+    _NEWTON_SCHULZ,
+)
+
+
+@jax.custom_jvp
+def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
+    """`scale` times the polar factor of matrices (..., m, n), m >= n."""
+    eps, tolerance = _numerics.eps(a.dtype), _tolerance(a)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    # The growth of the smallest singular values by the quintics; beyond, 15/8 a step.
+    limit = len(_QUINTICS) + 4 + max(0, math.ceil(math.log(1e-4 / eps) / math.log(15 / 8)))
+
+    def column_norm(error):
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(error), axis=-1), axis=-1))
+
+    def open(error):
+        # Whether a cubic step does not do yet. It takes E to about 3/4 E^2, of which no entry
+        # is larger than 3/4 of the largest squared norm of a column of E.
+        return 3 * column_norm(error) ** 2 > tolerance
+
+    def step(carry):
+        k, x, error = carry
+        squared = _matmul(error, error)
+        gram_squared = squared + 2 * error + eye
+        # Upper bounds of the largest eigenvalue of E and the largest singular value of X.
+        near = _frobenius(squared) < 0.81
+        norm = jnp.where(k == 0, jnp.sqrt(jnp.sqrt(_frobenius(gram_squared))) * 1.01, 1)
+        row = jnp.asarray(_QUINTICS, a.dtype)[jnp.minimum(k, len(_QUINTICS) - 1)]
+        a1, a3, a5 = (
+            jnp.where(near, n, r / norm**p)
+            for n, r, p in zip(_NEWTON_SCHULZ, row, (1, 3, 5), strict=True)
+        )
+        factor = (a1 + a3 + a5) * eye + (a3 + 2 * a5) * error + a5 * squared
+        moved = _matmul(x, factor)
+        moved_error = _gram(moved) - eye
+        going = open(error)[..., None, None]
+        return k + 1, jnp.where(going, moved, x), jnp.where(going, moved_error, error)
+
+    x = a / jnp.maximum(scale, jnp.finfo(a.dtype).tiny)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    ordinary = (largest <= 2) & (2 * a.shape[-2] ** 0.5 * largest >= 1)
+    x = jnp.where(ordinary, x, a * _down(a))
+    error = _gram(x) - eye
+    off = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
+    _, moved, error = lax.while_loop(
+        lambda carry: jnp.any(open(carry[2])) & (carry[0] < limit), step, (0, x, error)
+    )
+    # Not where the loop gave up, and 3/2 of a column would not end.
+    return jnp.where(ordinary & (off <= tolerance), a, scale * _finish(moved, error, tolerance))
+
+
+def _finish(x: jax.Array, error: jax.Array, tolerance: float) -> jax.Array:
+    """One cubic step, unless all are there."""
+    return _once(
+        lambda x: jnp.any(jnp.abs(error) > tolerance), lambda x: x - _matmul(x, error / 2), x
+    )
+
+
+def _frobenius(a: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True))
+
+
+@_polar.defjvp
+def _polar_jvp(primals, tangents):
+    (a, scale), (da, dscale) = primals, tangents
+    down = _down(a)
+    factors = _svd(a * down)
+    ones = jnp.ones_like(factors.s)
+    dq = _derivative(factors, da * down, ones, jnp.zeros_like(ones), jnp.zeros_like(ones))
+    return _polar(a, scale), scale * dq + dscale * _compose(factors, ones)
+
+
+# Compiled by themselves, here and below, so that calls outside jit find their program again.
+_orthogonal = jax.jit(_polar)
+
+
+# Functions of the singular values.
+
+
+class _Svd(NamedTuple):
+    u: jax.Array
+    s: jax.Array
+    vt: jax.Array
+
+
+class _Values(NamedTuple):
+    """New singular values."""
+
+    s: jax.Array
+    slope: jax.Array
+    """How each of them moves with the old one, all else fixed: 0 or 1."""
+    allowed: jax.Array
+    """Whether the old ones will do, one bool a matrix."""
+
+
+Spectrum = Callable[[jax.Array, jax.Array, float], _Values]
+
+
+def _svd(a: jax.Array) -> _Svd:
+    """A singular value decomposition whose vectors are orthonormal to a few eps.
+
+    LAPACK's are off by 40 eps for 1024x1024, which one cubic Newton-Schulz step mends. Of a
+    matrix with many equal singular values, such as one that was clipped before, its
+    divide and conquer can fail to converge; its older QR iteration does, but takes longer.
+    """
+    u, s, vt = lax.linalg.svd(a, full_matrices=False)
+
+    def failed(carry):
+        return jnp.any(jnp.isnan(carry[1][..., 0]) & jnp.all(jnp.isfinite(a), axis=(-2, -1)))
+
+    def again(carry):
+        del carry
+        qr = lax.linalg.SvdAlgorithm.QR
+        return lax.linalg.svd(a, full_matrices=False, algorithm=qr)
+
+    u, s, vt = lax.platform_dependent(
+        u,
+        s,
+        vt,
+        cpu=lambda *factors: tuple(_once(failed, again, factors)),
+        default=lambda *factors: factors,
+    )
+    eye = jnp.eye(s.shape[-1], dtype=a.dtype)
+    u -= _matmul(u, (_matmul(jnp.swapaxes(u, -1, -2), u) - eye) / 2)
+    vt -= _matmul((_matmul(vt, jnp.swapaxes(vt, -1, -2)) - eye) / 2, vt)
+    return _Svd(u, s, vt)
+
+
+def _once(condition: Callable[[Any], jax.Array], function: Callable[[Any], Any], x: Any) -> Any:
+    """`function(x)` if the condition holds, also under `vmap`, which makes both of a `cond`."""
+    return lax.while_loop(
+        lambda carry: carry[0] & condition(carry[1]),
+        lambda carry: (jnp.zeros((), bool), function(carry[1])),
+        (jnp.ones((), bool), x),
+    )[1]
+
+
+def _compose(factors: _Svd, s: jax.Array) -> jax.Array:
+    return _matmul(factors.u * s[..., None, :], factors.vt)
+
+
+def _clip(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
+    allowed = s[..., 0] <= bound[..., 0] * (1 + tolerance)
+    return _Values(jnp.minimum(s, bound), s <= bound, allowed)
+
+
+def _threshold(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
+    sums = jnp.cumsum(s, axis=-1)
+    counts = jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    threshold = jnp.max((sums - bound) / counts, axis=-1, keepdims=True)
+    # Singular values that are zero come out as rounding, and there can be many.
+    total = jnp.sum(s * (s > tolerance * s[..., :1]), axis=-1)
+    allowed = total <= bound[..., 0] * (1 + tolerance)
+    return _Values(jnp.maximum(s - jnp.maximum(threshold, 0), 0), s > threshold, allowed)
+
+
+class _Truncate(NamedTuple):
+    rank: int
+
+    def __call__(self, s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
+        del bound
+        kept = jnp.broadcast_to(np.arange(s.shape[-1]) < self.rank, s.shape)
+        return _Values(s * kept, kept, s[..., self.rank] <= s[..., 0] * tolerance)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
+    """Matrices with new singular values, decomposed only if one of them needs it."""
+    known = _surely_inside(a, bound) if spectrum is _clip else jnp.zeros(a.shape[:-2], bool)
+
+    def changed(a):
+        down = _down(a)
+        factors = _svd(a * down)
+        new = spectrum(factors.s, bound * down[..., 0], _tolerance(a))
+        allowed = (known | new.allowed)[..., None, None]
+        return jnp.where(allowed, a, _compose(factors, new.s) / down)
+
+    return _once(lambda _: ~jnp.all(known), changed, a)
+
+
+@_composed.defjvp
+def _composed_jvp(spectrum, primals, tangents):
+    (a, bound), (da, dbound) = primals, tangents
+    down = _down(a)
+    factors = _svd(a * down)
+    bounds = bound * down[..., 0]
+    new = spectrum(factors.s, bounds, _tolerance(a))
+
+    def diagonal(ds):
+        values = functools.partial(spectrum, tolerance=_tolerance(a))
+        dbounds = jnp.broadcast_to(dbound, bounds.shape)
+        return jax.jvp(lambda s, b: values(s, b).s, (factors.s, bounds), (ds, dbounds))[1]
+
+    # Of a flat set the derivative at an allowed matrix is not the identity.
+    flat = isinstance(spectrum, _Truncate)
+    moved = _derivative(factors, da, new.s, new.slope.astype(a.dtype), diagonal)
+    keep = new.allowed[..., None, None] & (not flat)
+    return _composed(spectrum, a, bound), jnp.where(keep, da, moved)
+
+
+_spectral = jax.jit(_composed, static_argnums=0)
+
+
+def _derivative(
+    factors: _Svd,
+    da: jax.Array,
+    new: jax.Array,
+    slope: jax.Array,
+    diagonal: jax.Array | Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The derivative of ``U new(S) V^T`` along `da`, by divided differences.
+
+    Ju. L. Daleckii and S. G. Krein, 1965; for singular values: V. Noferini, "A formula for the
+    Frechet derivative of a generalized matrix function", SIAM J. Matrix Anal. Appl. 38, 2017.
+
+    Args:
+        factors: The matrix, decomposed.
+        da: The direction.
+        new: The new singular values, each as a function of the old one by itself.
+        slope: The derivative of that function; it is linear between two values of one slope.
+        diagonal: How the new values move with the old ones.
+
+    Returns:
+        A linear function of `da`, finite also where singular values are tied or zero.
+    """
+    u, s, vt = factors
+    v, ut = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
+    tiny = jnp.maximum(_numerics.eps(s.dtype) * s[..., :1], jnp.finfo(s.dtype).tiny)
+
+    def quotient(numerator, denominator, limit):
+        small = jnp.abs(denominator) <= tiny.reshape(
+            tiny.shape[:-1] + (1,) * (numerator.ndim - tiny.ndim + 1)
+        )
+        return jnp.where(small, limit, numerator / jnp.where(small, 1, denominator))
+
+    row, column = (lambda x: x[..., :, None]), (lambda x: x[..., None, :])
+    mean = (row(slope) + column(slope)) / 2
+    differences = quotient(row(new) - column(new), row(s) - column(s), mean)
+    differences = jnp.where(row(slope) == column(slope), mean, differences)
+    sums = quotient(row(new) + column(new), row(s) + column(s), mean)
+
+    left = _matmul(ut, da)
+    inner = _matmul(left, v)
+    transposed = jnp.swapaxes(inner, -1, -2)
+    moved = differences * (inner + transposed) / 2 + sums * (inner - transposed) / 2
+    eye = jnp.eye(s.shape[-1], dtype=s.dtype)
+    ds = jnp.sum(inner * eye, axis=-1)
+    dnew = diagonal(ds) if callable(diagonal) else diagonal
+    moved = moved * (1 - eye) + row(dnew) * eye
+    out = _matmul(_matmul(u, moved), vt)
+    ratio = quotient(new, s, slope)
+    if da.shape[-2] > s.shape[-1]:
+        out += _matmul(_matmul(da - _matmul(u, left), v) * column(ratio), vt)
+    if da.shape[-1] > s.shape[-1]:
+        out += _matmul(u, row(ratio) * (left - _matmul(inner, vt)))
+    return out
+
+
+# The largest singular value.
+
+
+def _surely_inside(a: jax.Array, bound: jax.Array) -> jax.Array:
+    """Whether all singular values are at most `bound`, one bool a matrix.
+
+    The Cholesky decomposition of a symmetric matrix exists if it is positive definite, and is
+    NaN otherwise.
+    """
+    down = _down(a)
+    # Entries are at most 4, so that no singular value is above this, nor need the bound be.
+    largest = 8 * math.sqrt(a.shape[-2] * a.shape[-1])
+    bound = jnp.minimum(bound * down, largest) * (1 + _tolerance(a))
+    gram = _gram(a * down)
+    slack = jnp.square(bound) * jnp.eye(gram.shape[-1], dtype=a.dtype) - gram
+    root = jnp.linalg.cholesky(slack, symmetrize_input=False)
+    return ~jnp.isnan(root[..., -1, -1]) | jnp.all(a == 0, axis=(-2, -1))
