@@ -12,6 +12,8 @@ from optax_constraints._project import project as project
 from optax_constraints._project import violations as violations
 from optax_constraints._report import Report as Report
 from optax_constraints._report import report as report
+from optax_constraints._tangent import TangentState as TangentState
+from optax_constraints._tangent import tangent as tangent
 from optax_constraints.sets import Box as Box
 from optax_constraints.sets import CenterAround as CenterAround
 from optax_constraints.sets import Compose as Compose

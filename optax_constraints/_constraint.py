@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_constraints._axes import LeafLayout, settle_axis
+from optax_constraints._numerics import compute_dtype
 from optax_constraints._text import shown
 
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -109,6 +110,19 @@ class Constraint:
             The projection, and what to remember, of the same structure, shapes and dtypes.
         """
         return self(w), memory
+
+    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+        """The part of a vector that is tangent to a smooth set.
+
+        Args:
+            w: Weights in the set.
+            v: A vector, such as a gradient, of the same shape.
+
+        Returns:
+            The tangent part, in the dtype of `v`.
+        """
+        dtype = jnp.promote_types(compute_dtype(w.dtype), v.dtype)
+        return jax.jvp(self, (w.astype(dtype),), (v.astype(dtype),))[1].astype(v.dtype)
 
     def at(self, step: jax.typing.ArrayLike) -> "Constraint":
         """This constraint with each schedule replaced by its value.

@@ -1,7 +1,7 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,13 +93,13 @@ def project(
                 constraint = leaf_bound.at(state.count)
                 if constraint is not None:
                     own = memory[key] if constraint.remembers else ()
-                    if not _is_absent(u):
+                    if not is_absent(u):
                         p, u = jnp.asarray(p), jnp.asarray(u)
                         u, own, before = constraint.update(p, u, own, before)
                     if constraint.remembers:
                         kept[key] = own
                 new.append(u)
-            return new, kept or memory
+            return new, _like(memory, kept)
 
         if every == 1:
             new, memory = projected(given, state.memory)
@@ -122,7 +122,7 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_absent(update: Any) -> bool:
+def is_absent(update: Any) -> bool:
     """Whether a leaf gets no update: a frozen one, or one that `optax.masked` took out."""
     return update is None or isinstance(update, optax.MaskedNode)
 
@@ -168,14 +168,21 @@ def _memory_of(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
     }
 
 
+def _like(memory: Any, kept: dict[str, Any]) -> Any:
+    """A new memory in the container of the old one: NNX has its own mappings."""
+    if not kept:
+        return memory
+    return jax.tree.unflatten(jax.tree.structure(memory), jax.tree.leaves(kept))
+
+
 def check_memory(memory: Any, bound: list[Bound], leaves: list[Any]) -> None:
     """Raises if a memory is not one of these constraints and leaves."""
     want: Any = ()
     if any(b.constraint is not None and b.constraint.remembers for b in bound):
         want = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
-    elif not isinstance(memory, dict) or not leaves:
+    elif not isinstance(memory, Mapping) or not leaves:
         return
-    have = memory if isinstance(memory, dict) else {}
+    have = dict(memory) if isinstance(memory, Mapping) else {}
     for path in sorted({*have, *want}):
         if path not in want:
             raise ValueError(
@@ -254,7 +261,7 @@ def constrain_bound(
             else:
                 leaf = constraint(leaf)
         new.append(leaf)
-    return treedef.unflatten(new), kept or memory
+    return treedef.unflatten(new), _like(memory, kept)
 
 
 def memory_in(state: Any) -> Any:
@@ -268,7 +275,7 @@ def memory_in(state: Any) -> Any:
             f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
             "tx.update returned, where project is in tx."
         )
-    memories = [s.memory for s in states if isinstance(s.memory, dict)]
+    memories = [s.memory for s in states if isinstance(s.memory, Mapping)]
     return {key: value for memory in memories for key, value in memory.items()} or ()
 
 

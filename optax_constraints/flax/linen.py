@@ -38,7 +38,7 @@ from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint, as_constraint
-from optax_constraints._project import constrain_bound
+from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.sets import Stacked
@@ -529,6 +529,8 @@ class TrainState(train_state.TrainState):
     """As for `project`, in a box, since static fields must hash."""
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
     """As for `project`, in a box."""
+    memory: Any = struct.field(kw_only=True, default=())
+    """By path, what constraints remember of their leaves, such as norms at init."""
 
     def __post_init__(self) -> None:
         for name in ("rules", "layout"):
@@ -547,8 +549,10 @@ class TrainState(train_state.TrainState):
             The state after the step.
         """
         new = super().apply_gradients(grads=grads, **kwargs)
-        params = _constrained_params(new.params, self.rules, self.layout, self.step)
-        return new.replace(params=params)
+        inner, rebuild = _parameters(new.params)
+        binder = self.rules.binder(self.layout)
+        params, memory = constrain_bound(inner, binder, self.step, self.memory)
+        return new.replace(params=rebuild(params), memory=memory)
 
     @classmethod
     def create(
@@ -585,14 +589,22 @@ class TrainState(train_state.TrainState):
                 'by path such as rules={"kernel": max_norm(2.0)}, or rules={} for none.'
             )
         held = _ById(rules), _ById(layout)
-        jax.eval_shape(lambda params: _constrained_params(params, *held, 0), params)
+        inner, _ = _parameters(params)
+        memory = remember(inner, held[0].binder(held[1]))
+        jax.eval_shape(lambda p: constrain_bound(p, held[0].binder(held[1]), 0, memory), inner)
         return super().create(
-            apply_fn=apply_fn, params=params, tx=tx, rules=held[0], layout=held[1], **kwargs
+            apply_fn=apply_fn,
+            params=params,
+            tx=tx,
+            rules=held[0],
+            layout=held[1],
+            memory=memory,
+            **kwargs,
         )
 
 
-def _constrained_params(params: Any, rules: _ById, layout: _ById, step: Any) -> Any:
-    if OVERWRITE_WITH_GRADIENT in params:  # Flax keeps scales of float8 beside the parameters.
-        inner = _constrained_params(params["params"], rules, layout, step)
-        return {**params, "params": inner}
-    return constrain_bound(params, rules.binder(layout), step)
+def _parameters(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The parameters alone, and the way back: Flax keeps scales of float8 beside them."""
+    if OVERWRITE_WITH_GRADIENT in params:
+        return params["params"], lambda inner: {**params, "params": inner}
+    return params, lambda inner: inner

@@ -34,10 +34,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint, as_constraint
-from optax_constraints._project import constrain_bound
+from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints._text import describe, shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
@@ -503,7 +504,8 @@ class Optimizer(nnx.Optimizer):
                 )
         # A static attribute, which hashes by identity.
         self._bind = Binder(rules, layout=_layout_of(model) if layout is None else layout)
-        self._bind(params)  # raises if the rules do not fit
+        memory = remember(params, self._bind)  # raises if the rules do not fit
+        self.memory = nnx.data(to_opt_state(memory))
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model and the optimizer's state, and projects the parameters.
@@ -519,8 +521,19 @@ class Optimizer(nnx.Optimizer):
         # Unsigned in NNX; schedules subtract from it.
         step = jnp.asarray(self.step[...], jnp.int32)
         updates = super().update(model, grads, **kwargs)
-        nnx.update(model, constrain_bound(nnx.state(model, self.wrt), self._bind, step))
+        memory = jax.tree.map(lambda held: held[...], self.memory, is_leaf=_is_variable)
+        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind, step, memory)
+        nnx.update(model, params)
+        jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
         return updates
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _set(variable: nnx.Variable, array: jax.Array) -> None:
+    variable[...] = array
 
 
 Linear = constrained(nnx.Linear)

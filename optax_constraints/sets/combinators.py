@@ -122,6 +122,13 @@ class Stacked(_Around):
             function = jax.vmap(function, (axis, 0), (axis, 0))
         return function(w, memory)
 
+    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+        """The tangent part of each slice."""
+        function = self.constraint.tangent
+        for axis in settle_axis("Stacked", self.axis, w.shape):
+            function = jax.vmap(function, axis, axis)
+        return function(w, v)
+
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
@@ -265,6 +272,11 @@ class Part(_Around):
         index = self._index("", w.shape)
         part, memory = self.constraint.advance(w[index], memory)
         return w.at[index].set(part), memory
+
+    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+        """The tangent part of the part; the rest is free."""
+        index = self._index("", w.shape)
+        return v.at[index].set(self.constraint.tangent(w[index], v[index]))
 
     def _index(self, path: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
         index = _parse_index(self.index)

@@ -54,39 +54,15 @@ class _Mirrored(MatrixSet):
         mean = jnp.where(jnp.isinf(total), a / 2 + image / 2, total / 2)
         return _keep(a, mean)
 
-    def update(
-        self, params: jax.Array, updates: jax.Array, after: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The update of one leaf, corrected so that the sum is its own image to the bit.
-
-        From weights in the set it always is. From others, an entry and its image come to the
-        target with different roundings. The one that starts from less then goes where the
-        other one arrived, as near as the dtype can express in an update.
-        """
-        delta, after = super().update(params, updates, after)
-        p, restore = self._matrices(params)
-        reached, _ = self._matrices(jnp.asarray(params + delta).astype(params.dtype))
-        image = self._mirror(p)
-        first = jnp.arange(p.shape[-1])[:, None] <= jnp.arange(p.shape[-1])
-        leads = (jnp.abs(p) > jnp.abs(image)) | ((jnp.abs(p) == jnp.abs(image)) & first)
-        goal = restore(jnp.where(leads, reached, self._mirror(reached))).astype(params.dtype)
-        reached = restore(reached).astype(params.dtype)
-        delta = jnp.where(
-            reached == goal, delta, goal.astype(delta.dtype) - params.astype(delta.dtype)
-        )
-        reached = jnp.asarray(params + delta).astype(params.dtype)
-        towards = jnp.where(goal > reached, jnp.inf, -jnp.inf).astype(delta.dtype)
-        outside = (goal > reached) | (goal < reached)
-        return jnp.where(outside, jnp.nextafter(delta, towards), delta), after
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Symmetric(_Mirrored):
     """Each matrix is its own transpose: ``{W : W = W^T}``.
 
     A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest
-    point, and its result is symmetric to the bit in every dtype. One pass over the weights
-    and their transpose.
+    point, and its result is symmetric to the bit in every dtype. In a chain, symmetric weights
+    stay so to the bit, too; others are symmetric up to rounding after the first step. One pass
+    over the weights and their transpose.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -112,8 +88,10 @@ class SkewSymmetric(_Mirrored):
     """Each matrix is minus its transpose: ``{W : W = -W^T}``.
 
     A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest
-    point, and its result is skew-symmetric to the bit in every dtype. One pass over the
-    weights and their transpose. The matrix exponential of such a matrix is a rotation.
+    point, and its result is skew-symmetric to the bit in every dtype. In a chain,
+    skew-symmetric weights stay so to the bit, too; others are so up to rounding after the
+    first step. One pass over the weights and their transpose. The matrix exponential of such a
+    matrix is a rotation.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -292,7 +270,13 @@ class DoublyStochastic(MatrixSet):
     The potentials maximise a concave, piecewise quadratic dual, by a semismooth Newton method
     with an exact line search (X. Li, D. Sun, K.-C. Toh, "On the efficient computation of a
     generalized Jacobian of the projector over the Birkhoff polytope", 2020). Each of its steps
-    costs one product and one Cholesky factorisation of the size of the matrix. ...
+    costs one product and one Cholesky factorisation of the size of the matrix; normal weights
+    of scale 1 take about 5 of them for 10 x 10 and 10 for 1000 x 1000, larger weights more.
+    At the end rows and columns sum to 1 up to rounding, and the entries are as near as the
+    potentials, whose rounding goes by the largest weight. Matrices with weights that are more
+    than 2000 apart (in float64: 200,000) are scaled down to that first; their nearest point
+    mostly is a corner, and remains so. The derivative is that of the face on which the result
+    lies, and leaves out entries that are zero.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -545,15 +529,7 @@ class Radial(Constraint):
         _check_window(None, w.shape)
         if not w.size:
             return w
-        members, ring = _rings(w.shape[0])
-        flat = wide.reshape(ring.size, -1)
-        present = (members >= 0)[..., None]
-        # The distances to one member of the ring, which are all 0 where it has one value.
-        first = flat[members[:, 0]]
-        count = np.sum(present, axis=1).astype(flat.dtype)
-        share = flat[members] / count[:, None] - (first / count)[:, None]
-        mean = first + jnp.sum(jnp.where(present, share, 0), axis=1)
-        return _keep(wide, mean[ring].reshape(w.shape)).astype(w.dtype)
+        return _mean_of_rings(wide).astype(w.dtype)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -572,10 +548,23 @@ def _rings(n: int) -> tuple[np.ndarray, np.ndarray]:
     i = np.minimum(np.arange(n), np.arange(n)[::-1])
     ring = np.minimum(i[:, None], i).ravel()
     members = np.full((ring.max() + 1, np.bincount(ring).max()), -1)
-    for number in range(len(members)):
-        entries = np.flatnonzero(ring == number)
-        members[number, : len(entries)] = entries
+    for row, index in zip(members, range(len(members)), strict=True):
+        entries = np.flatnonzero(ring == index)
+        row[: len(entries)] = entries
     return members, ring
+
+
+@jax.jit
+def _mean_of_rings(w: jax.Array) -> jax.Array:
+    members, ring = _rings(w.shape[0])
+    flat = w.reshape(ring.size, -1)
+    present = (members >= 0)[..., None]
+    count = np.sum(present, axis=1).astype(w.dtype)
+    # Around one member of the ring, so that the mean of equal values is that value.
+    first = flat[members[:, 0]]
+    share = flat[members] / count[:, None] - (first / count)[:, None]
+    mean = first + jnp.sum(jnp.where(present, share, 0), axis=1)
+    return _keep(w, mean[ring].reshape(w.shape))
 
 
 def _check_window(path: str | None, shape: tuple[int, ...]) -> None:

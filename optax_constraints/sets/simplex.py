@@ -65,9 +65,10 @@ def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ..
 
     Newton's method for the sum as a function of the threshold, which is convex, decreasing and
     linear between entries. From below, the iterates rise to the root, and they are there when a
-    step leaves the active entries as they were, or passes the root by rounding. The excess times their number falls to a
-    quarter or less in each step, so there are few. Thresholds count from the largest entry:
-    what is nearer to it than `total` is all that matters, whatever the size of the weights.
+    step leaves the active entries as they were, or passes the root by rounding. The excess times
+    the number of active entries falls to a quarter or less in each step, so there are few.
+    Thresholds count from the largest entry: what is nearer to it than `total` is all that
+    matters, whatever the size of the weights.
     """
     z = x - jnp.where(free, 0, jnp.max(x, axis=axis, keepdims=True))
     lowest = jnp.maximum(-total, (_sum(z, axis) - total) / _size(x, axis))
@@ -244,22 +245,42 @@ class L1Ball(UnitSet):
 # Planes and half spaces: a step along a normal.
 
 
-def _dot(x: jax.Array, normal: jax.Array | None, axis: tuple[int, ...]) -> jax.Array:
-    """The inner product with the normal; None stands for ones."""
-    return _sum(x if normal is None else x * normal, axis)
+def _above(
+    x: jax.Array, normal: jax.Array | None, point: jax.Array, axis: tuple[int, ...]
+) -> jax.Array:
+    """How many normals each unit lies above the plane; no normal stands for ones."""
+    if normal is None:
+        return _sum(x - point, axis) / _size(x, axis)
+    return _sum((x - point) * normal, axis) / _sum(jnp.square(normal), axis)
 
 
-def _step(x: jax.Array, normal: jax.Array | None, length: jax.Array) -> jax.Array:
-    """``x`` after a step against the normal."""
-    return x - (length if normal is None else length * normal)
+def _is_near(
+    x: jax.Array, normal: jax.Array | None, above: jax.Array, axis: tuple[int, ...], slack: float
+) -> jax.Array:
+    """Whether `above` is the rounding of its sum, which is `slack` relative to what it sums."""
+    if normal is None:
+        return jnp.abs(above) <= slack * _sum(jnp.abs(x), axis) / _size(x, axis)
+    scale = _sum(jnp.abs(x * normal), axis) / _sum(jnp.square(normal), axis)
+    return jnp.abs(above) <= slack * scale
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "half"))
+def _lower(x: jax.Array, normal: jax.Array | None, steps: jax.Array) -> jax.Array:
+    """``x`` after some steps against the normal; to the bit for none.
+
+    The choice keeps compilers from fusing product and difference in one place and not in
+    another, where the product is then rounded.
+    """
+    if normal is None:
+        return x - steps
+    return x - jnp.where(steps == 0, 0, steps * normal)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _onto_plane(
     x: jax.Array,
     normal: jax.Array | None,
     point: jax.Array,
-    *,
     axis: tuple[int, ...],
     half: bool = False,
 ) -> jax.Array:
@@ -268,21 +289,31 @@ def _onto_plane(
     Args:
         x: The weights.
         normal: The normal, of any length; None for ones.
-        point: The plane's nearest point to zero.
+        point: Any point of the plane; the nearest to zero makes for the least rounding.
         axis: The axes of a unit.
         half: Whether what lies below the plane stays.
     """
-    square = _size(x, axis) if normal is None else _sum(jnp.square(normal), axis)
-    height = _dot(x - point, normal, axis)
-    slack = _tolerance(x) * _sum(jnp.abs(x) if normal is None else jnp.abs(x * normal), axis)
+    steps = _above(x, normal, point, axis)
+    stays = _is_near(x, normal, steps, axis, _tolerance(x))
+    stays = stays | (steps < 0) if half else stays
+    moved = _lower(x, normal, jnp.where(stays, 0, steps))
+    rest = _above(moved, normal, point, axis)
+    return _lower(moved, normal, jnp.where(stays, 0, rest))
+
+
+@_onto_plane.defjvp
+def _onto_plane_jvp(axis, half, primals, tangents):
+    def formula(x, normal, point):
+        steps = _above(x, normal, point, axis)
+        return x - (steps if normal is None else steps * normal)
+
+    # Also on the plane, where the projection changes nothing.
+    _, dy = jax.jvp(formula, primals, tangents)
+    y = _onto_plane(*primals, axis, half)
     if half:
-        height = jnp.where(height <= slack, 0, height)
-    else:
-        # Only the value snaps to 0: the derivative on the plane is that of the step.
-        height = height - lax.stop_gradient(jnp.where(jnp.abs(height) <= slack, height, 0))
-    moved = _step(x, normal, height / square)
-    rest = jnp.where(height == 0, 0, _dot(moved - point, normal, axis) / square)
-    return _step(moved, normal, lax.stop_gradient(rest))
+        stays = jnp.all(y == primals[0], axis=axis, keepdims=True)
+        dy = jnp.where(stays, tangents[0], dy)
+    return y, dy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -323,7 +354,7 @@ class SumTo(UnitSet):
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
         mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
-        return _onto_plane(wide, None, mean, axis=axis).astype(w.dtype)
+        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -367,7 +398,7 @@ class CenterAround(UnitSet):
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
         mean = value(self.ref_value, wide.dtype)
-        return _onto_plane(wide, None, mean, axis=axis).astype(w.dtype)
+        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
 
 
 def _check_finite(owner: str, name: str, value: Number) -> None:
@@ -453,7 +484,7 @@ class Hyperplane(_NormalSet):
         """Projects one floating-point array; sums are taken in float32 or wider."""
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
-        return _onto_plane(wide, *self._plane(wide), axis=axis).astype(w.dtype)
+        return _onto_plane(wide, *self._plane(wide), axis).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -491,14 +522,15 @@ class HalfSpace(_NormalSet):
         """Projects one floating-point array; sums are taken in float32 or wider."""
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
-        return _onto_plane(wide, *self._plane(wide), axis=axis, half=True).astype(w.dtype)
+        return _onto_plane(wide, *self._plane(wide), axis, True).astype(w.dtype)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units that lie on the plane, up to rounding."""
         wide, axis = self._widen(w)
         normal, point = self._plane(wide)
-        slack = 2 * _numerics.eps(w.dtype) * _sum(jnp.abs(wide * normal), axis)
-        return _dot(wide - point, normal, axis) >= -slack
+        above = _above(wide, normal, point, axis)
+        near = _is_near(wide, normal, above, axis, 2 * _numerics.eps(w.dtype))
+        return near | (above > 0)
 
 
 def _check_normal(owner: str, normal: Any) -> Any:

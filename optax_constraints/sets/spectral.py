@@ -311,13 +311,20 @@ def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     ordinary = (largest <= 2) & (2 * a.shape[-2] ** 0.5 * largest >= 1)
     x = jnp.where(ordinary, x, a * _down(a))
-    error = _gram(x) - eye
+    gram = _gram(x)
+    # Far from the set, squares of singular values with a mean from 1 to 4: if all were small,
+    # E = X^T X - I would lose what tells them apart.
+    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / a.shape[-1]
+    far = (jnp.abs(mean - 1) > 0.5) & (mean > 0) & (mean < jnp.inf)
+    _, exponent = jnp.frexp(jnp.sqrt(jnp.where(far, mean, 1)))
+    down = jnp.where(far, jnp.ldexp(jnp.ones_like(mean), 1 - exponent), 1)
+    x, error = x * down, gram * jnp.square(down) - eye
     off = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
     _, moved, error = lax.while_loop(
         lambda carry: jnp.any(open(carry[2])) & (carry[0] < limit), step, (0, x, error)
     )
     # Not where the loop gave up, and 3/2 of a column would not end.
-    return jnp.where(ordinary & (off <= tolerance), a, scale * _finish(moved, error, tolerance))
+    return jnp.where(ordinary & ~far & (off <= tolerance), a, scale * _finish(moved, error, tolerance))
 
 
 def _finish(x: jax.Array, error: jax.Array, tolerance: float) -> jax.Array:
@@ -374,22 +381,23 @@ def _svd(a: jax.Array) -> _Svd:
     matrix with many equal singular values, such as one that was clipped before, its
     divide and conquer can fail to converge; its older QR iteration does, but takes longer.
     """
-    u, s, vt = lax.linalg.svd(a, full_matrices=False)
+    factors = lax.linalg.svd(a, full_matrices=False)
 
     def failed(carry):
-        return jnp.any(jnp.isnan(carry[1][..., 0]) & jnp.all(jnp.isfinite(a), axis=(-2, -1)))
+        a, (_, s, _) = carry
+        return jnp.any(jnp.isnan(s[..., 0]) & jnp.all(jnp.isfinite(a), axis=(-2, -1)))
 
     def again(carry):
-        del carry
+        a, _ = carry
         qr = lax.linalg.SvdAlgorithm.QR
-        return lax.linalg.svd(a, full_matrices=False, algorithm=qr)
+        # The matrix must change, lest XLA takes its decomposition out of the loop.
+        return 0 * a, list(lax.linalg.svd(a, full_matrices=False, algorithm=qr))
 
     u, s, vt = lax.platform_dependent(
-        u,
-        s,
-        vt,
-        cpu=lambda *factors: tuple(_once(failed, again, factors)),
-        default=lambda *factors: factors,
+        a,
+        list(factors),
+        cpu=lambda a, factors: _once(failed, again, (a, factors))[1],
+        default=lambda a, factors: factors,
     )
     eye = jnp.eye(s.shape[-1], dtype=a.dtype)
     u -= _matmul(u, (_matmul(jnp.swapaxes(u, -1, -2), u) - eye) / 2)
@@ -422,7 +430,12 @@ def _threshold(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
     # Singular values that are zero come out as rounding, and there can be many.
     total = jnp.sum(s * (s > tolerance * s[..., :1]), axis=-1)
     allowed = total <= bound[..., 0] * (1 + tolerance)
-    return _Values(jnp.maximum(s - jnp.maximum(threshold, 0), 0), s > threshold, allowed)
+    lower = jnp.maximum(s - jnp.maximum(threshold, 0), 0)
+    # The sum of all of them was rounded where it is much larger than the bound; this is not.
+    kept = lower > 0
+    excess = jnp.maximum(jnp.sum(lower, axis=-1, keepdims=True) - bound, 0)
+    lower -= kept * excess / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1)
+    return _Values(jnp.maximum(lower, 0), s > threshold, allowed)
 
 
 class _Truncate(NamedTuple):

@@ -1,0 +1,406 @@
+"""Sets that order the entries of a unit, or let few of them differ from zero."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_constraints import _numerics
+from optax_constraints._axes import Axis, LeafLayout
+from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._text import describe, shown
+from optax_constraints.sets._common import UnitSet
+
+
+class _LineSet(UnitSet):
+    """Base of the sets in which the entries of a unit have an order: `axis` is one axis."""
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint with its `axis` as the axis of one leaf."""
+        settled = super().settle(path, shape, layout)
+        self._check(path, shape, cast(tuple[int, ...], cast(UnitSet, settled).axis))
+        return settled
+
+    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+        """The one axis, or the reason why there is none that fits."""
+        if len(axes) == 1:
+            return axes[0]
+        raise ValueError(
+            f"{type(self).__name__} on {describe(path, shape)}: axis={self.axis!r} is "
+            f"{len(axes)} axes here, and entries have an order along one axis only; "
+            "write that axis, such as axis=0."
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Monotone(_LineSet):
+    """The entries of each unit are sorted: ``{w : unit[0] <= unit[1] <= ...}``.
+
+    Convex; the projection is isotonic regression, exact up to rounding, and what it returns is
+    sorted to the bit. Two sorted halves merge by pooling: where ``sum(max(left - v, 0)) ==
+    sum(max(v - right, 0))``, whatever is above ``v`` on the left and below it on the right
+    becomes ``v``. So pairs of entries merge into sorted fours, eights and so on, all units at
+    once. Up to eights ``v`` has a closed form, and above it is found by a bracketed Newton
+    iteration on masked sums.
+
+    Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
+    from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
+    Each level compiles its own program, so the first call on long units takes seconds.
+
+    The pooling of neighbours that are out of order is that of M. Ayer et al., "An empirical
+    distribution function for sampling with incomplete information", Annals of Mathematical
+    Statistics 26, 1955.
+
+    Args:
+        axis: The one axis along which entries are sorted, or `"fan_in"` where that is one.
+        increasing: Whether they increase; False for decreasing entries.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an axis is repeated; on a leaf, if `axis` is not one axis of it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.monotone()(jnp.array([1.0, 3.0, 2.0, 4.0]))
+        Array([1. , 2.5, 2.5, 4. ], dtype=float32)
+    """
+
+    axis: Axis = 0
+    increasing: bool = True
+
+    convex = True
+
+    def __post_init__(self):
+        if not isinstance(self.increasing, bool):
+            raise TypeError(
+                f"Monotone: increasing={shown(self.increasing)} is not a bool; write True or False."
+            )
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; computes in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axes = self._widen(w)
+        axis = self._check(None, w.shape, axes)
+        if not w.size:
+            return w
+        sign = 1 if self.increasing else -1
+        return (sign * _sorted(sign * wide, axis)).astype(w.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units with two equal neighbours."""
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@functools.partial(jax.jit, static_argnums=1)
+def _sorted(w: jax.Array, axis: int) -> jax.Array:
+    """The nearest array that increases along `axis`."""
+    moved = jnp.moveaxis(w, axis, 0)
+    n = len(moved)
+    x = moved.reshape(n, -1)
+    half = 1
+    while half < n:
+        blocks = -(-n // (2 * half))
+        # Infinity at the end is in order whatever comes before; a lone block needs no filling.
+        fill = 2 * half * blocks - n if blocks > 1 else 0
+        x = jnp.pad(x[:n], ((0, fill), (0, 0)), constant_values=jnp.inf)
+        x = _merge(x.reshape(blocks, -1, x.shape[1]), half).reshape(n + fill, -1)
+        half *= 2
+    return jnp.moveaxis(x[:n].reshape(moved.shape), 0, axis)
+
+
+def _merge(x: jax.Array, half: int) -> jax.Array:
+    """Sorts blocks (blocks, entries, units) whose first `half` and whose rest are sorted."""
+    pool = _pool(x, half)
+    return jnp.where(_pooled(x, pool, half), pool, x)
+
+
+def _is_left(x: jax.Array, half: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (1, x.shape[1], 1), 1) < half
+
+
+def _pooled(x: jax.Array, pool: jax.Array, half: int) -> jax.Array:
+    """The entries that are out of order with the value of their pool."""
+    inside = jnp.where(_is_left(x, half), x > pool, x < pool)
+    return inside & (x[:, half - 1 : half] > x[:, half : half + 1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pool(x: jax.Array, half: int) -> jax.Array:
+    """The value of the pool between the halves of each block; any, if they are in order."""
+    return _pool_of_few(x, half) if half <= 4 else _pool_of_many(x, half)
+
+
+@_pool.defjvp
+def _pool_jvp(half, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    pool = _pool(x, half)
+    pooled = _pooled(x, pool, half)
+    total = jnp.sum(jnp.where(pooled, dx, 0), axis=1, keepdims=True)
+    return pool, total / jnp.maximum(jnp.sum(pooled, axis=1, keepdims=True), 1).astype(dx.dtype)
+
+
+def _pool_of_few(x: jax.Array, half: int) -> jax.Array:
+    """The largest, over the ends of the left, of the least mean up to an end of the right."""
+    entries = [x[:, i : i + 1] for i in range(x.shape[1])]
+    left = list(itertools.accumulate(entries[half - 1 :: -1], operator.add))
+    right = list(itertools.accumulate(entries[half:], operator.add))
+    return functools.reduce(
+        jnp.maximum,
+        (
+            functools.reduce(jnp.minimum, ((a + b) / (i + j) for j, b in enumerate(right, 1)))
+            for i, a in enumerate(left, 1)
+        ),
+    )
+
+
+def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
+    """The root of the sum of excesses over it, by Newton's method between brackets."""
+    low, high = x[:, half : half + 1], x[:, half - 1 : half]
+    rounding = 4 * _numerics.eps(x.dtype) * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    left = _is_left(x, half)
+
+    def improve(state):
+        i, low, high, pool, active = state
+        excess = x - pool
+        excess = jnp.where(left, jnp.maximum(excess, 0), jnp.minimum(excess, 0))
+        total = jnp.sum(excess, axis=1, keepdims=True)
+        count = jnp.sum(excess != 0, axis=1, keepdims=True).astype(x.dtype)
+        step = total / jnp.maximum(count, 1)
+        low = jnp.where(active & (total >= 0), pool, low)
+        high = jnp.where(active & (total <= 0), pool, high)
+        done = ~(jnp.abs(step) > rounding) | (high - low <= rounding)
+        new = pool + step
+        new = jnp.where(done | ((low < new) & (new < high)), new, low / 2 + high / 2)
+        # What has converged stays, so that no unit depends on how long another takes.
+        return i + 1, low, high, jnp.where(active, new, pool), active & ~done
+
+    # Few units take more than eight steps; the limit is for those that bisect to the end.
+    start = 0, low, high, low / 2 + high / 2, high > low
+    return lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < 100), improve, start)[3]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopK(UnitSet):
+    """At most `k` entries of each unit are not zero: ``{w : ||unit||_0 <= k}``.
+
+    Not convex. The projection keeps the `k` entries of largest magnitude as they are and sets
+    the others to zero, exactly, which is a nearest point. Of equal magnitudes the first ones
+    are kept, so that there are never more than `k`. A NaN counts as larger than any number and
+    stays.
+
+    The k-th magnitude is found bit by bit, without a sort: one pass that counts for each bit of
+    the dtype, 31 for float32, all units at once. Where magnitudes are tied, one more for each
+    bit of the size of a unit. So `k` may change, as in gradual pruning, and nothing compiles
+    again.
+
+    The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
+    that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
+
+    Args:
+        k: How many entries to keep. An integer of at least 0 is a count, and a float in (0, 1]
+            a fraction of the unit's size, to the nearest whole number and at least 1. Its type
+            decides also for a JAX scalar or a schedule: a schedule of counts has to return
+            integers.
+        axis: The axes along which one unit runs: an int, several ints, None for the whole
+            tensor, or `"fan_in"`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `k` is negative, or a float outside (0, 1], or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.top_k(2)(jnp.array([1.0, -3.0, 2.0, 0.5]))
+        Array([ 0., -3.,  2.,  0.], dtype=float32)
+    """
+
+    k: Number = number()
+    axis: Axis = None
+
+    def __post_init__(self):
+        fraction = not callable(self.k) and not _is_integer(self.k)
+        high = 1 if fraction else jnp.iinfo(jnp.int32).max
+        if check_number("TopK", "k", self.k, low=0, high=high) == 0 and fraction:
+            raise ValueError(
+                "TopK: k=0.0 as a fraction keeps nothing; write a fraction above 0, or the "
+                "count k=0."
+            )
+        super().__post_init__()
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; the entries that are kept are not rounded."""
+        w = jnp.asarray(w)
+        _, axes = self._widen(w)
+        return jnp.where(_are_largest(w, self._count(w, axes), axes), w, 0)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units in which all of `k` is used."""
+        _, axes = self._widen(w)
+        return jnp.sum(w != 0, axis=axes, keepdims=True) >= self._count(w, axes)
+
+    def _count(self, w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        if callable(self.k) or _is_integer(self.k):
+            return value(self.k, jnp.dtype(jnp.int32))
+        size = math.prod(w.shape[a] for a in axes)
+        share = value(self.k, _numerics.compute_dtype(w.dtype)) * size
+        return jnp.maximum(jnp.round(share), 1).astype(jnp.int32)
+
+
+def _is_integer(k: Number) -> bool:
+    """Whether a number counts entries; what is no number at all is checked elsewhere."""
+    kind = getattr(k, "dtype", None)
+    return isinstance(k, int) if kind is None else jnp.issubdtype(kind, jnp.integer)
+
+
+def _magnitude(w: jax.Array) -> jax.Array:
+    """Integers in the order of the magnitudes: the bits without the sign."""
+    kind = jnp.dtype(f"uint{8 * w.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(lax.stop_gradient(w), kind)
+    return bits & jnp.asarray(jnp.iinfo(kind).max // 2, kind)
+
+
+def _greatest(bits: int, start: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The greatest number of so many bits up to which a condition holds, from zeros `start`."""
+
+    def decide(i, found):
+        larger = found | (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
+        return jnp.where(holds(larger), larger, found)
+
+    return lax.fori_loop(0, bits, decide, start)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Which entries are among the first `k` by magnitude, or need not be dropped."""
+    magnitude = _magnitude(w)
+    shape = tuple(1 if a in axes else n for a, n in enumerate(w.shape))
+
+    def count(mask):
+        return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+
+    least = _greatest(
+        8 * w.dtype.itemsize - 1,
+        jnp.zeros(shape, magnitude.dtype),
+        lambda least: count(magnitude >= least) >= k,
+    )
+    excess = jnp.where(least > 0, count(magnitude >= least) - k, 0)
+    # One less, so that zeros wrap around and are kept with their sign. Compared with zero
+    # itself, the CPU would take subnormal numbers for zeros.
+    magnitude, least = magnitude - 1, jnp.maximum(least, 1) - 1
+
+    def first_of_equal():
+        place = jnp.zeros(shape, jnp.int32)
+        for a in axes:
+            own = tuple(n if b == a else 1 for b, n in enumerate(w.shape))
+            place = place * w.shape[a] + lax.broadcasted_iota(jnp.int32, own, a)
+        equal = magnitude == least
+        room = count(equal) - excess
+        end = _greatest(
+            math.prod(w.shape[a] for a in axes).bit_length(),
+            jnp.zeros(shape, jnp.int32),
+            lambda end: count(equal & (place < end)) <= room,
+        )
+        return (magnitude > least) | (equal & (place < end))
+
+    kept = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: magnitude >= least)
+    return kept | jnp.isnan(w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NM(_LineSet):
+    """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
+
+    Not convex. The projection keeps the `n` entries of largest magnitude in each group as they
+    are and sets the others to zero, exactly, which is a nearest point. Of equal magnitudes the
+    first ones are kept. A NaN counts as larger than any number and stays. One pass, in which
+    the entries of a group are compared with one another: ``m`` comparisons an entry.
+
+    A. Mishra et al., "Accelerating sparse deep neural networks", 2021, describe 2:4 sparsity,
+    which some accelerators multiply at twice the speed.
+
+    Args:
+        n: How many entries to keep of each group: an integer from 1 to `m`, a JAX scalar or a
+            schedule.
+        m: The size of a group; it has to divide the length of the axis.
+        axis: The one axis along which groups run, or `"fan_in"` where that is one.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `n` or `m` is out of range, or an axis is repeated; on a leaf, if `axis`
+            is not one axis of it, or `m` does not divide its length.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.nm(2, 4)(jnp.array([1.0, -3.0, 2.0, 0.5, 0.1, 0.0, 0.0, 0.2]))
+        Array([ 0. , -3. ,  2. ,  0. ,  0.1,  0. ,  0. ,  0.2], dtype=float32)
+    """
+
+    n: Number = number(2)
+    m: int = 4
+    axis: Axis = 0
+
+    def __post_init__(self):
+        if isinstance(self.m, bool) or not isinstance(self.m, int):
+            raise TypeError(f"NM: m={shown(self.m)} is not an int; write the size of a group.")
+        if self.m < 1:
+            raise ValueError(f"NM: m={self.m} is not allowed; write an int of at least 1.")
+        check_number("NM", "n", self.n, low=1, high=self.m)
+        if not callable(self.n) and not _is_integer(self.n):
+            raise TypeError(f"NM: n={shown(self.n)} is not an integer; write how many to keep.")
+        super().__post_init__()
+
+    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+        axis = super()._check(path, shape, axes)
+        if shape[axis] % self.m:
+            raise ValueError(
+                f"NM on {describe(path, shape)}: m={self.m} does not divide the {shape[axis]} "
+                f"entries along axis {axis}; write another m or axis, or leave this leaf free "
+                "with a rule that maps its path to None."
+            )
+        return axis
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; the entries that are kept are not rounded."""
+        w = jnp.asarray(w)
+        _, axes = self._widen(w)
+        axis = self._check(None, w.shape, axes)
+        rank = _rank_in_group(w, self.m, axis)
+        return jnp.where((rank < value(self.n, rank.dtype)) | jnp.isnan(w), w, 0)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The groups in which all of `n` is used."""
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        used = jnp.sum(_grouped(w, self.m, axis) != 0, axis=axis + 1)
+        return used >= value(self.n, used.dtype)
+
+
+def _grouped(w: jax.Array, m: int, axis: int) -> jax.Array:
+    """The same entries, with an axis of groups and one of the entries of a group for `axis`."""
+    return w.reshape(*w.shape[:axis], w.shape[axis] // m, m, *w.shape[axis + 1 :])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rank_in_group(w: jax.Array, m: int, axis: int) -> jax.Array:
+    """How many entries of its group come before each, by magnitude and then by place."""
+    magnitude = _grouped(_magnitude(w), m, axis)
+    mine, other = (jnp.expand_dims(magnitude, axis + side) for side in (2, 1))
+    place = [lax.broadcasted_iota(jnp.int32, (m, m), side) for side in (0, 1)]
+    earlier = (place[1] < place[0]).reshape(m, m, *(1,) * (w.ndim - 1 - axis))
+    # A zero less one wraps around: nothing comes before it, and it is kept with its sign.
+    before = (other > mine - 1) & (earlier | (other != mine))
+    return jnp.sum(before, axis=axis + 2, dtype=jnp.int32).reshape(w.shape)

@@ -1,0 +1,290 @@
+"""Constraints that remember: where it is kept, and what it holds."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import bits, float64, norms
+
+import optax_constraints as oc
+from optax_constraints import flax as ocf
+
+PARAMS = {
+    "dense": {"kernel": 3 * jax.random.normal(jax.random.key(0), (4, 3)), "bias": jnp.ones(3)},
+    "out": {"kernel": jax.random.normal(jax.random.key(1), (3, 2))},
+}
+RULES = {"kernel": oc.fixed_norm("init"), "bias": oc.non_neg()}
+
+
+def train(tx, params, state, steps: int, seed: int = 0):
+    def step(carry, key):
+        params, state = carry
+        keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
+        grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype), params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])((params, state))
+
+
+def test_the_state_has_the_norms_at_init_by_path():
+    state = oc.project(RULES).init(PARAMS)
+    assert list(state.memory) == ["dense/kernel", "out/kernel"]
+    np.testing.assert_allclose(
+        state.memory["dense/kernel"], norms(float64(PARAMS["dense"]["kernel"]), None), rtol=1e-6
+    )
+
+
+def test_without_memory_the_state_is_one_count():
+    assert jax.tree.leaves(oc.project({"bias": oc.non_neg()}).init(PARAMS)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "low", "high"),
+    [
+        (oc.fixed_norm("init"), 1, 1),
+        (oc.fixed_norm("0.5x init", axis=0), 0.5, 0.5),
+        (oc.max_norm("1.5x init"), 0, 1.5),
+        (oc.min_max_norm("0.5x init", "2x init"), 0.5, 2),
+        (oc.max_rms(".25x init"), 0, 0.25),
+        (oc.Soft(oc.fixed_norm("init"), 1.0), 1, 1),
+        (oc.Part(oc.fixed_norm("init", axis=0), "..."), 1, 1),
+        (oc.Compose(oc.max_norm(1e6), oc.fixed_norm("init")), 1, 1),
+        (oc.Intersection(oc.max_norm(1e6), oc.max_norm("1.5x init")), 0, 1.5),
+    ],
+    ids=str,
+)
+def test_norms_relative_to_init(constraint, low, high):
+    w = 3 * jax.random.normal(jax.random.key(0), (4, 3))
+    tx = optax.chain(optax.sgd(0.3), oc.project(constraint))
+    axis = getattr(constraint, "axis", None)
+    if isinstance(constraint, (oc.Part, oc.Intersection)):
+        axis = 0
+    ratio = []
+    params, state = w, tx.init(w)
+    for seed in range(5):
+        params, state = train(tx, params, state, 1, seed)
+        ratio.append(norms(float64(params), axis) / norms(float64(w), axis))
+    assert np.min(ratio) >= low * (1 - 1e-6)
+    assert np.max(ratio) <= high * (1 + 1e-6)
+    if low == 0 or low < high:
+        assert np.max(ratio) > np.min(ratio) * 1.01
+
+
+def test_fixed_norm_does_not_drift_in_10_000_steps():
+    tx = optax.chain(optax.adam(1e-2), oc.project(oc.fixed_norm("init")))
+    params, _ = train(tx, PARAMS, tx.init(PARAMS), 10_000)
+    for before, after in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(params), strict=True):
+        drift = norms(float64(after), None) / norms(float64(before), None) - 1
+        assert np.max(np.abs(drift)) <= 1e-6
+        assert not np.allclose(after, before, atol=0.01)
+
+
+def test_stacked_layers_remember_each_their_own():
+    w = jax.random.normal(jax.random.key(0), (5, 4, 3)) * jnp.arange(1.0, 6)[:, None, None]
+    fixed = oc.fixed_norm("init", axis=None)
+    for constraint in (oc.Stacked(fixed), oc.Stacked(oc.Soft(fixed, 1.0))):
+        tx = optax.chain(optax.sgd(1.0), oc.project(constraint))
+        params, _ = train(tx, w, tx.init(w), 3)
+        want = norms(float64(w), (1, 2))
+        np.testing.assert_allclose(norms(float64(params), (1, 2)), want, rtol=1e-6)
+        assert np.ptp(want) > 5
+
+
+def test_without_the_state_weights_count_as_those_at_init():
+    w = PARAMS["dense"]["kernel"]
+    for constraint in (oc.fixed_norm("init"), oc.max_norm("2x init"), oc.max_rms("init")):
+        assert bits(oc.constrain(w, constraint)) == bits(w)
+        assert bits(jax.jit(constraint)(w)) == bits(w)
+    np.testing.assert_allclose(oc.constrain(w, oc.fixed_norm("2x init")), 2 * w, rtol=1e-6)
+
+
+def test_the_other_verbs_take_the_state():
+    tx = optax.chain(optax.sgd(0.1), oc.project(RULES))
+    state = tx.init(PARAMS)
+    twice = jax.tree.map(lambda p: 2 * p, PARAMS)
+    back = oc.constrain(twice, RULES, state=state)
+    np.testing.assert_allclose(back["out"]["kernel"], PARAMS["out"]["kernel"], rtol=1e-6)
+    found = oc.violations(twice, RULES, state=state)
+    np.testing.assert_allclose(
+        found["out/kernel"], norms(float64(PARAMS["out"]["kernel"]), None)[0, 0], rtol=1e-5
+    )
+    assert oc.violations(twice, RULES)["out/kernel"] == 0
+    rows = {row.path: row for row in oc.report(twice, RULES, state=state).rows}
+    np.testing.assert_allclose(rows["out/kernel"].outside, found["out/kernel"], rtol=1e-6)
+
+
+def test_a_state_without_project_is_refused():
+    with pytest.raises(ValueError, match=r"There is no state of project in .*; pass what tx.init"):
+        oc.constrain(PARAMS, RULES, state=optax.adam(0.1).init(PARAMS))
+
+
+def test_the_state_of_other_rules_is_refused():
+    tx, other = oc.project(RULES), oc.project({"dense/kernel": oc.fixed_norm("init")})
+    grads = jax.tree.map(jnp.zeros_like, PARAMS)
+    with pytest.raises(
+        ValueError, match=r"remembers nothing of 'out/kernel'.*state of other rules"
+    ):
+        tx.update(grads, other.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="remembers 'out/kernel', and no constraint of these"):
+        other.update(grads, tx.init(PARAMS), PARAMS)
+    free = oc.project({"bias": oc.non_neg()})
+    with pytest.raises(ValueError, match="remembers 'dense/kernel', and no constraint of these"):
+        free.update(grads, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="remembers nothing of 'dense/kernel'"):
+        tx.update(grads, free.init(PARAMS), PARAMS)
+    shaped = oc.project({"kernel": oc.fixed_norm("init", axis=0), "bias": oc.non_neg()})
+    with pytest.raises(ValueError, match=re.escape("((1, 3), dtype('float32')) (shape, dtype)")):
+        tx.update(grads, shaped.init(PARAMS), PARAMS)
+
+
+def test_every_keeps_the_memory():
+    tx = optax.chain(optax.sgd(0.3), oc.project(oc.fixed_norm("init"), every=3))
+    state = tx.init(PARAMS)
+    params, after = train(tx, PARAMS, state, 6)
+    for name in ("dense", "out"):
+        np.testing.assert_allclose(
+            norms(float64(params[name]["kernel"]), None),
+            norms(float64(PARAMS[name]["kernel"]), None),
+            rtol=1e-6,
+        )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_tree_map_params_leaves_the_memory_alone():
+    tx = optax.chain(optax.adam(0.1), oc.project(RULES))
+    state = tx.init(PARAMS)
+    mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert bits(mapped[1].memory["out/kernel"]) == bits(state[1].memory["out/kernel"])
+    assert bits(mapped[0][0].mu["out"]["kernel"]) != bits(state[0][0].mu["out"]["kernel"])
+
+
+def test_masked_and_partitioned_leaves():
+    labels = {"dense": {"kernel": "a", "bias": "b"}, "out": {"kernel": "b"}}
+    tx = optax.partition(
+        {
+            "a": optax.chain(optax.sgd(0.3), oc.project(oc.fixed_norm("init"))),
+            "b": optax.sgd(0.3),
+        },
+        labels,
+    )
+    state = tx.init(PARAMS)
+    params, _ = train(tx, PARAMS, state, 3)
+    np.testing.assert_allclose(
+        norms(float64(params["dense"]["kernel"]), None),
+        norms(float64(PARAMS["dense"]["kernel"]), None),
+        rtol=1e-6,
+    )
+
+
+def test_two_leaves_of_one_path():
+    params = {"a": {"b": jnp.ones(2)}, "a/b": 3 * jnp.ones(2)}
+    tx = optax.chain(optax.sgd(0.1), oc.project(oc.fixed_norm("init")))
+    state = tx.init(params)
+    assert sorted(state[1].memory) == ["a/b", "a/b#2"]
+    params, _ = train(tx, params, state, 3)
+    np.testing.assert_allclose(norms(float64(params["a"]["b"]), None), [2**0.5], rtol=1e-6)
+    np.testing.assert_allclose(norms(float64(params["a/b"]), None), [18**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(optax.scale(rate), tx))(0.5),
+    ],
+    ids=["MultiSteps", "apply_if_finite", "inject_hyperparams"],
+)
+def test_wrappers_of_optax(wrap):
+    tx = wrap(optax.chain(optax.sgd(0.3), oc.project(oc.fixed_norm("init"))))
+    params, _ = train(tx, PARAMS, tx.init(PARAMS), 4)
+    after, before = params["out"]["kernel"], PARAMS["out"]["kernel"]
+    np.testing.assert_allclose(norms(float64(after), None), norms(float64(before), None), rtol=1e-6)
+    assert not np.allclose(after, before, atol=0.01)
+
+
+def test_linen_train_state():
+    model = ocf.linen.Dense(3, kernel_constraint=oc.fixed_norm("init"))
+    x = jnp.ones((2, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    state = ocf.linen.TrainState.create(
+        apply_fn=model.apply, params=params, tx=optax.sgd(0.5), rules=ocf.declared(model, x)
+    )
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+    for seed in range(3):
+        grads = jax.tree.map(
+            lambda p, s=seed: jax.random.normal(jax.random.key(s), p.shape), params
+        )
+        state = step(state, grads)
+    want = norms(float64(params["kernel"]), None)
+    np.testing.assert_allclose(norms(float64(state.params["kernel"]), None), want, rtol=1e-6)
+    assert list(state.memory) == ["kernel"]
+
+
+def test_nnx_optimizers():
+    from flax import nnx
+
+    tx = optax.chain(optax.sgd(0.5), oc.project({"kernel": oc.fixed_norm("init")}))
+    for make in (
+        lambda model: ocf.nnx.Optimizer(model, optax.sgd(0.5)),
+        lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param),
+    ):
+        model = ocf.nnx.Linear(4, 3, kernel_constraint=oc.fixed_norm("init"), rngs=nnx.Rngs(0))
+        want = norms(float64(model.kernel[...]), None)
+        optimizer = make(model)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            grads = nnx.grad(lambda model: (model(x) ** 2).sum())(model)
+            optimizer.update(model, grads)
+
+        for seed in range(3):
+            step(model, optimizer, jax.random.normal(jax.random.key(seed), (2, 4)))
+        np.testing.assert_allclose(norms(float64(model.kernel[...]), None), want, rtol=1e-6)
+
+
+def test_orbax_keeps_the_memory(tmp_path):
+    import orbax.checkpoint as ocp
+
+    tx = optax.chain(optax.adam(0.1), oc.project(RULES))
+    _, state = train(tx, PARAMS, tx.init(PARAMS), 2)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert list(map(bits, jax.tree.leaves(restored))) == list(map(bits, jax.tree.leaves(state)))
+
+
+# How relative bounds are written.
+
+
+@pytest.mark.parametrize("text", ["2 init", "2xinit", "initial", "-1x init", "x init", ""])
+def test_other_texts_are_errors(text):
+    for constraint in (oc.max_norm, oc.fixed_norm, oc.max_rms, oc.min_max_norm):
+        with pytest.raises(
+            ValueError, match="is not known; write a number, or 'init' or '2x init'"
+        ):
+            constraint(text)
+
+
+def test_relative_bounds_of_an_interval_are_compared():
+    with pytest.raises(ValueError, match=r"min_value='2x init' is above max_value='init'"):
+        oc.min_max_norm("2x init", "init")
+
+
+def test_relative_bounds_have_a_json_form():
+    config = json.loads(json.dumps(oc.serialize(oc.max_norm("2x init", axis=None))))
+    assert oc.deserialize(config) == oc.max_norm("2x init", axis=None)
+
+
+def test_the_report_does_not_guess_which_units_are_at_a_relative_bound():
+    (row,) = oc.report(PARAMS["out"]["kernel"], oc.max_norm("2x init")).rows
+    assert (row.constraint, row.units) == ("MaxNorm('2x init')", None)

@@ -1,0 +1,371 @@
+"""Sorted units and sparse units, against references that nobody here wrote."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.isotonic import isotonic_regression
+
+import optax_constraints as oc
+from optax_constraints.sets.order import NM, Monotone, TopK
+
+DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+EPS = float(jnp.finfo(DTYPE).eps)
+RNG = np.random.default_rng
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(jnp.asarray(x)).astype(np.float64)
+
+
+def bits(x) -> bytes:
+    return np.asarray(x).tobytes()
+
+
+# Monotone.
+
+
+def columns(n: int) -> np.ndarray:
+    """Units of many kinds side by side."""
+    rng = RNG(n)
+    noise = rng.normal(size=(n, 8))
+    line = np.arange(n, dtype=float)
+    kinds = [
+        *noise.T,
+        np.sort(noise[:, 0]),
+        -np.sort(noise[:, 0]),
+        np.ones(n),
+        np.zeros(n),
+        rng.integers(-2, 3, n),
+        (-1.0) ** line * 1.5**-line,
+        (-1.5) ** np.minimum(line, 40),
+        np.where(line == n // 2, -1e6, line),
+        np.where(line == n // 2, 1e6, -line),
+        np.sin(line / 3) + line / 20,
+        1000 + noise[:, 1],
+        np.where(noise[:, 2] > 1, 1e6, 1e-6) * noise[:, 3],
+        -(line**3),
+    ]
+    return np.stack(kinds, axis=1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 37, 300])
+def test_monotone_is_isotonic_regression(n):
+    w = jnp.asarray(columns(n), DTYPE)
+    got = Monotone()(w)
+    want = np.apply_along_axis(isotonic_regression, 0, float64(w))
+    error = np.max(np.abs(float64(got) - want), axis=0) / np.maximum(np.abs(want).max(0), 1e-300)
+    assert np.max(error) <= 8 * EPS
+    assert np.all(np.diff(float64(got), axis=0) >= 0)
+    assert bits(Monotone()(got)) == bits(got)
+    # A unit does not depend on those beside it: neither on how many they are, nor on NaN.
+    alone = Monotone()(w[:, :1])
+    spoilt = Monotone()(w.at[n // 2, 1:].set(jnp.nan))
+    assert bits(alone[:, 0]) == bits(got[:, 0]) == bits(spoilt[:, 0])
+    assert np.all(np.isnan(spoilt[n // 2, 1:]))
+
+
+def test_monotone_keeps_its_accuracy_over_long_units():
+    # Cumulative sums of these reach 6e6, where float32 has a spacing of 0.5.
+    w = jnp.asarray(10000 + RNG(0).normal(size=(600, 2)), DTYPE)
+    want = np.apply_along_axis(isotonic_regression, 0, float64(w))
+    np.testing.assert_allclose(float64(Monotone()(w)), want, rtol=4 * EPS)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_monotone_never_pools_what_is_in_order(n):
+    w = np.sort(columns(n), axis=0)
+    w[:, 0] = np.where(np.arange(n) % 2, 0.0, -0.0)
+    for dtype in (DTYPE, jnp.bfloat16, jnp.float16):
+        allowed = jnp.asarray(np.clip(w, -6e4, 6e4), DTYPE).astype(dtype)
+        assert bits(Monotone()(allowed)) == bits(allowed)
+        assert bits(Monotone(increasing=False)(-allowed)) == bits(-allowed)
+
+
+def test_monotone_decreasing():
+    got = Monotone(increasing=False)(jnp.array([4.0, 2.0, 3.0, 1.0, 1.0, 4.0]))
+    np.testing.assert_allclose(got, [4.0, 2.5, 2.5, 2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, (1,), [-2]])
+def test_monotone_along_any_axis(axis):
+    w = jnp.asarray(RNG(0).normal(size=(4, 5, 3)), DTYPE)
+    got = float64(Monotone(axis)(w))
+    along = np.atleast_1d(axis)[0]
+    want = np.apply_along_axis(isotonic_regression, along, float64(w))
+    np.testing.assert_allclose(got, want, atol=8 * EPS)
+
+
+def test_monotone_in_float16_does_not_overflow():
+    w = jnp.asarray(np.linspace(6e4, 5e4, 40), jnp.float16)
+    out = Monotone()(w)
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(float64(out), np.mean(float64(w)), rtol=1e-3)
+
+
+def test_monotone_ends_with_infinite_and_huge_entries():
+    w = jnp.asarray(RNG(0).normal(size=(37, 6)), DTYPE)
+    spoilt = w.at[3, 1].set(jnp.inf).at[30, 2].set(-jnp.inf).at[:2, 3].set(-jnp.inf)
+    spoilt = spoilt.at[36, 4].set(jnp.inf)
+    got = Monotone()(spoilt)
+    assert bits(got[:, 0]) == bits(Monotone()(w)[:, 0])
+    # Infinities that are in order stay where they are.
+    want = isotonic_regression(float64(w)[2:, 3])
+    np.testing.assert_allclose(float64(got)[2:, 3], want, atol=8 * EPS)
+    assert np.all(got[:2, 3] == -jnp.inf)
+    assert got[36, 4] == jnp.inf
+    huge = float64(Monotone()(w * 1e34)) / 1e34
+    np.testing.assert_allclose(huge, float64(Monotone()(w)), atol=16 * EPS)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_the_derivative_of_monotone_averages_over_pools(n):
+    w, dw, cotangent = (jnp.asarray(RNG(s).normal(size=(n, 3)), DTYPE) for s in range(3))
+    value, transpose = jax.vjp(Monotone(), w)
+    _, got = jax.jvp(Monotone(), (w,), (dw,))
+    for column in range(3):
+        same = float64(value)[:, column, None] == float64(value)[None, :, column]
+        average = same / np.sum(same, axis=1, keepdims=True)
+        assert np.any(same != np.eye(n))
+        np.testing.assert_allclose(got[:, column], average @ dw[:, column], atol=8 * EPS)
+        np.testing.assert_allclose(
+            transpose(cotangent)[0][:, column], average.T @ cotangent[:, column], atol=8 * EPS
+        )
+
+
+def test_the_derivative_of_monotone_leaves_alone_what_is_in_order():
+    w = jnp.array([0.0, 1.0, 1.0, 1.0, 2.0, 2.0])
+    dw = jnp.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+    assert bits(jax.jvp(Monotone(), (w,), (dw,))[1]) == bits(dw)
+
+
+def test_monotone_on_bound():
+    w = jnp.array([[0.0, 0.0], [1.0, 1.0], [2.0, 1.0]])
+    assert Monotone().on_bound(w).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("cls", [Monotone, NM])
+def test_an_order_needs_one_axis(cls):
+    name = cls.__name__
+    with pytest.raises(ValueError, match=rf"{name} on an array of shape \(4, 4\): axis=None is 2"):
+        cls(axis=None)(jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match=rf"{name} on 'a/kernel' of shape \(4, 4, 4\).*one axis"):
+        cls(axis=(0, 2)).settle("a/kernel", (4, 4, 4))
+    with pytest.raises(ValueError, match=rf"{name} on 'Conv_0/kernel'.*'fan_in' is 2 axes"):
+        oc.project({"kernel": cls(axis="fan_in")}).init({"Conv_0": {"kernel": jnp.ones((4, 4, 4))}})
+    assert cls(axis="fan_in").settle("Dense_0/kernel", (4, 3)) == cls(axis=(0,))
+    assert cls(axis=None)(jnp.ones(4)).shape == (4,)
+
+
+def test_monotone_takes_a_bool():
+    with pytest.raises(TypeError, match=r"increasing='down' is not a bool"):
+        Monotone(increasing="down")
+
+
+@pytest.mark.parametrize("constraint", [Monotone(1), TopK(2, 1), TopK(0.5), NM(axis=1)], ids=repr)
+def test_empty_arrays_and_integers(constraint):
+    for shape in [(0, 4), (4, 0), (0, 0)]:
+        assert constraint(jnp.ones(shape)).shape == shape
+    with pytest.raises(TypeError, match="floating-point"):
+        constraint(jnp.ones((2, 4), int))
+
+
+# TopK.
+
+
+def top_k(w: np.ndarray, k: int, axis) -> np.ndarray:
+    """The k largest magnitudes of each unit, by a stable sort."""
+    axes = tuple(range(w.ndim)) if axis is None else tuple(np.atleast_1d(axis) % w.ndim)
+    order = [*(a for a in range(w.ndim) if a not in axes), *sorted(axes)]
+    moved = np.transpose(w, order)
+    flat = moved.reshape(*moved.shape[: w.ndim - len(axes)], -1)
+    rank = np.argsort(np.argsort(-np.abs(flat), axis=-1, kind="stable"), axis=-1)
+    kept = np.where(rank < k, flat, 0).reshape(moved.shape)
+    return np.transpose(kept, np.argsort(order))
+
+
+@pytest.mark.parametrize("dtype", [DTYPE, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("axis", [None, 0, (0, 2), -1])
+def test_top_k_is_that_of_a_stable_sort(axis, dtype):
+    traces = []
+
+    @jax.jit
+    def project(w, k):
+        traces.append(k)
+        return TopK(k, axis)(w)
+
+    rng = RNG(0)
+    normal = rng.normal(size=(6, 5, 4))
+    ties = rng.integers(-3, 4, (6, 5, 4))
+    for w, k in itertools.product(
+        [normal, ties, ties * 1e-6, np.ones((6, 5, 4)), normal * (ties == 0)], [0, 1, 3, 7, 200]
+    ):
+        w = jnp.asarray(w, DTYPE).astype(dtype)
+        got = project(w, k)
+        np.testing.assert_array_equal(float64(got), top_k(float64(w), k, axis))
+        assert bits(project(got, k)) == bits(got)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("k", "kept"),
+    [(0, 0), (4, 4), (99, 10), (1.0, 10), (0.5, 5), (0.29, 3), (0.01, 1), (0.96, 10)],
+)
+def test_top_k_counts_and_fractions(k, kept):
+    w = jnp.arange(1.0, 11.0)
+    want = np.where(np.arange(10) >= 10 - kept, np.arange(1.0, 11.0), 0)
+    dtype = jnp.int32 if isinstance(k, int) else jnp.float32
+    for number in (k, np.asarray(k, dtype)[()], jnp.asarray(k, dtype)):
+        np.testing.assert_array_equal(TopK(number)(w), want)
+    np.testing.assert_array_equal(jax.jit(lambda k: TopK(k)(w))(jnp.asarray(k, dtype)), want)
+
+
+def test_top_k_of_a_fraction_goes_by_the_size_of_a_unit():
+    w = jnp.asarray(RNG(0).normal(size=(6, 5, 4)), DTYPE)
+    for axis, kept in ((None, 30), (0, 2), ((0, 2), 6), (1, 1)):
+        got = np.count_nonzero(TopK(0.25, axis)(w), axis=axis)
+        assert np.all(got == kept)
+
+
+def test_gradual_pruning_follows_a_schedule():
+    traces = []
+
+    def remaining(step):
+        traces.append(step)
+        return 60 - 10 * jnp.minimum(step, 5)
+
+    params = jnp.asarray(RNG(0).normal(size=(6, 10)), jnp.bfloat16)
+    tx = optax.chain(optax.sgd(0.1), oc.project(TopK(remaining)))
+    state, update = tx.init(params), jax.jit(tx.update)
+    traces.clear()
+    for left in (60, 50, 40, 30, 20, 10, 10):
+        gradient = jnp.asarray(RNG(left).normal(size=(6, 10)), jnp.bfloat16)
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        assert np.count_nonzero(params) == left
+    assert len(traces) == 1
+
+
+def test_what_top_k_and_nm_keep_is_kept_to_the_bit():
+    w = jnp.array([-0.0, 3.0, 1e-40, 0.0, -2.0, -0.0, jnp.nan, 1.0], jnp.float32)
+    zero = np.array([-0.0, 0.0, 0.0, 0.0, 0.0, -0.0, np.nan, 0.0], np.float32)
+    assert bits(TopK(5)(w)) == bits(w)
+    assert bits(TopK(0)(w)) == bits(zero)
+    assert bits(NM(4, 8)(w)) == bits(w.at[2].set(0))
+    assert bits(NM(5, 8)(w)) == bits(w)
+    # Zeros keep their sign also where the k-th magnitude is tied.
+    tied = w.at[4].set(-3.0).at[7].set(3.0)
+    assert bits(TopK(3)(tied)) == bits(tied.at[2].set(0).at[7].set(0))
+
+
+@pytest.mark.parametrize(
+    "constraint", [TopK(7), TopK(0.34, axis=0), NM(), NM(1, 2, axis=1)], ids=repr
+)
+def test_the_derivative_of_sparsity_is_its_mask(constraint):
+    w, dw = (jnp.asarray(RNG(s).normal(size=(8, 6)), DTYPE) for s in range(2))
+    kept = constraint(w) != 0
+    assert 0 < np.sum(kept) < kept.size
+    want = jnp.where(kept, dw, 0)
+    assert bits(jax.jvp(constraint, (w,), (dw,))[1]) == bits(want)
+    assert bits(jax.vjp(constraint, w)[1](dw)[0]) == bits(want)
+
+
+@pytest.mark.parametrize("constraint", [TopK(9), TopK(2, axis=0), NM()], ids=repr)
+def test_what_sparsity_drops_is_zero_after_apply_updates(constraint):
+    for dtype in (DTYPE, jnp.bfloat16, jnp.float16):
+        p, u = (jnp.asarray(RNG(s).normal(size=(8, 6)), DTYPE).astype(dtype) for s in range(2))
+        updates, _ = oc.project(constraint).update(u, oc.project(constraint).init(p), p)
+        target, got = constraint(p + u), optax.apply_updates(p, updates)
+        np.testing.assert_array_equal(got == 0, target == 0)
+
+
+def test_units_of_top_k_and_groups_of_nm_that_are_full():
+    w = jnp.array([[1.0, 1.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    assert TopK(2, axis=0).on_bound(w).tolist() == [[False, True]]
+    assert NM(1, 2).on_bound(w).tolist() == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [
+        (-1, ValueError, r"k=-1 is not allowed"),
+        (1.5, ValueError, r"k=1\.5 is not allowed; write a number from 0 to 1"),
+        (0.0, ValueError, r"k=0\.0 as a fraction keeps nothing"),
+        (jnp.float32(0), ValueError, r"as a fraction keeps nothing"),
+        (float("nan"), ValueError, r"k=nan is not allowed"),
+        (2**40, ValueError, r"is not allowed"),
+        (True, TypeError, r"k=True is not a number"),
+        ("half", TypeError, r"k='half' is not a number"),
+        (np.arange(2), ValueError, r"has shape \(2,\); write one number"),
+    ],
+)
+def test_top_k_checks_its_number(k, error, message):
+    with pytest.raises(error, match=message):
+        TopK(k)
+
+
+# NM.
+
+
+def nearest_by_trial(group: np.ndarray, n: int) -> float:
+    """The least squared distance over all ways to keep n entries."""
+    return min(
+        sum(x**2 for i, x in enumerate(group) if i not in kept)
+        for kept in itertools.combinations(range(len(group)), n)
+    )
+
+
+@pytest.mark.parametrize(("n", "m", "axis"), [(2, 4, 0), (1, 4, 1), (3, 6, -1), (1, 2, 2)])
+def test_nm_keeps_the_best_of_all_choices(n, m, axis):
+    rng = RNG(0)
+    for w in (rng.normal(size=(8, 4, 12)), rng.integers(-2, 3, (8, 4, 12))):
+        w = jnp.asarray(w, DTYPE)
+        got = NM(n, m, axis)(w)
+        rows, kept = (np.moveaxis(float64(x), axis, -1).reshape(-1, m) for x in (w, got))
+        assert np.max(np.count_nonzero(kept, axis=1)) <= n
+        assert np.all((kept == rows) | (kept == 0))
+        want = [nearest_by_trial(row, n) for row in rows]
+        np.testing.assert_allclose(np.sum((rows - kept) ** 2, axis=1), want, rtol=1e-6)
+
+
+def test_nm_keeps_the_first_of_equal_entries():
+    got = NM(2, 4)(jnp.array([1.0, -1.0, 1.0, 1.0, 0.0, 2.0, -2.0, 2.0]))
+    np.testing.assert_array_equal(got, [1, -1, 0, 0, 0, 2, -2, 0])
+
+
+def test_nm_takes_a_traced_number():
+    w = jnp.asarray(RNG(0).normal(size=(8, 3)), DTYPE)
+    project = jax.jit(lambda w, n: NM(n, 4)(w))
+    for n in range(1, 5):
+        assert bits(project(w, n)) == bits(NM(n, 4)(w))
+        assert np.count_nonzero(project(w, n)) == 6 * n
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"n": 5}, ValueError, r"n=5 is not allowed; write a number from 1 to 4"),
+        ({"n": 1.0}, TypeError, r"n=1\.0 is not an integer"),
+        ({"m": 0}, ValueError, r"m=0 is not allowed"),
+        ({"m": 4.0}, TypeError, r"m=4\.0 is not an int"),
+    ],
+)
+def test_nm_checks_its_numbers(arguments, error, message):
+    with pytest.raises(error, match=message):
+        NM(**arguments)
+
+
+def test_nm_needs_a_divisor():
+    with pytest.raises(ValueError, match=r"array of shape \(6, 4\): m=4 does not divide the 6 ent"):
+        NM()(jnp.ones((6, 4)))
+    with pytest.raises(ValueError, match=r"NM on 'a/kernel' of shape \(6, 4\): m=4 does not"):
+        oc.project({"kernel": NM()}).init({"a": {"kernel": jnp.ones((6, 4))}})
+    assert np.count_nonzero(NM(axis=1)(jnp.ones((6, 4)))) == 12
+
+
+def test_configs():
+    for constraint in (Monotone(1, False), TopK(3, axis=0), TopK(0.5), NM(1, 3, axis=2)):
+        assert type(constraint).from_config(constraint.get_config()) == constraint
