@@ -193,7 +193,7 @@ def test_nearest_point_by_cvxpy(constraint, norm, bound):
         np.testing.assert_allclose(constraint(w), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(48, 48), (48, 10), (10, 48)])
+@pytest.mark.parametrize("shape", [(32, 32), (10, 48)])
 @pytest.mark.parametrize("scale", [0.3, 3.0, 1e3])
 def test_nearest_point_by_numpy(shape, scale):
     w = normal(*shape, scale=scale)
@@ -297,8 +297,9 @@ def test_huge_and_tiny(constraint, scale):
             jnp.asarray(unit * scale, DTYPE)
         )
     else:
-        norm = singular_values(jnp.asarray(got))
-        assert 1 - 1e-5 <= (norm[0] if constraint.convex and norm[-1] > 0.5 else sum(norm) / 2)
+        s = singular_values(jnp.asarray(got))
+        measure = s[0] if isinstance(constraint, MaxSpectralNorm) else np.sum(s) / 2
+        np.testing.assert_allclose(measure, 1, atol=1e-5)
 
 
 @each_set

@@ -20,7 +20,7 @@ def array(shape, seed: int) -> jax.Array:
 @pytest.mark.parametrize("case", SMOOTH, ids=str)
 def test_the_tangent_part_is_an_orthogonal_projection(case: Case):
     w = case.constraint(array(case.shape, 0))
-    u, v = array(case.shape, 1), array(case.shape, 2)
+    u, v = array(case.shape, 1), array(case.shape, 2) + w
     part = jax.jit(case.constraint.tangent)
     tu, tv = part(w, u), part(w, v)
     np.testing.assert_allclose(part(w, tv), tv, atol=1e-5)
@@ -31,8 +31,8 @@ def test_the_tangent_part_is_an_orthogonal_projection(case: Case):
     along, across = w + h * tv, w + h * (v - tv)
     np.testing.assert_allclose(case.constraint(along), along, atol=50 * h**2)
     np.testing.assert_allclose(case.constraint(across), w, atol=50 * h**2)
-    assert np.max(np.abs(tv)) > 0.1
-    assert np.max(np.abs(v - tv)) > 0.1
+    assert np.max(np.abs(tv)) > 0.02
+    assert np.max(np.abs(v - tv)) > 0.02
 
 
 def test_every_kind_of_smooth_set_is_among_them():
@@ -68,7 +68,7 @@ def test_none_leaves_a_gradient_as_it_is():
     tx = oc.tangent({"bias": None, "*": oc.unit_norm()})
     updates, state = tx.update(grads, tx.init(params), params)
     assert bits(updates["bias"]) == bits(grads["bias"])
-    radial = jnp.sum(updates["kernel"] * params["kernel"], axis=0)
+    radial = jnp.sum(jnp.asarray(updates["kernel"]) * params["kernel"], axis=0)
     np.testing.assert_allclose(radial, 0, atol=1e-6)
     assert state.count == 1
 
@@ -108,7 +108,7 @@ def test_a_schedule_is_that_of_the_last_projection():
     for norm in (1.0, 2.0, 3.0):
         updates, state = tx.update(jnp.array([0.8, -0.6]), state, w)
         w = optax.apply_updates(w, updates)
-        np.testing.assert_allclose(jnp.linalg.norm(w), norm, rtol=1e-6)
+        np.testing.assert_allclose(jnp.linalg.norm(jnp.asarray(w)), norm, rtol=1e-6)
     only = oc.tangent(constraint)
     part, _ = only.update(jnp.array([0.8, -0.6]), only.init(w)._replace(count=state[0].count), w)
     np.testing.assert_allclose(jnp.vdot(part, w), 0, atol=1e-6)

@@ -234,8 +234,9 @@ class Mask(_Elementwise):
 
 
 def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
-    """Zeros, except that a NaN stays, and so does a zero of either sign."""
-    return jnp.where(zero & (jnp.abs(w) > 0), jnp.zeros((), w.dtype), w)
+    """Zeros, except that a NaN stays, and so does a zero of either sign: but its derivative."""
+    kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), jax.lax.stop_gradient(w))
+    return jnp.where(zero, kept, w)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,7 +349,8 @@ class Grid(_Elementwise):
         values = self._in_dtype(w.dtype)
         middle = ((values[1:] + values[:-1]) / 2).astype(dtype)
         # A weight in the middle goes to the smaller magnitude: below zero that is up.
-        middle = np.where(middle > 0, middle, np.nextafter(middle, dtype.type(-np.inf)))
+        below = np.minimum(np.nextafter(middle, dtype.type(-np.inf)), -np.finfo(dtype).tiny)
+        middle = np.where(middle > 0, middle, below)
         wide, values = w.astype(dtype), jnp.asarray(values, w.dtype)
         if len(middle) > 32:
             nearest = values[jnp.searchsorted(jnp.asarray(middle), wide)]

@@ -419,14 +419,15 @@ class _NormalSet(UnitSet):
 
     def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
         """This constraint with `axis` as axes of one leaf, whose units the normal must fit."""
-        settled = cast(Self, super().settle(path, shape, layout))
-        settled._check_shape(path, shape)
-        return settled
+        self._unit_axes(path, shape, layout)
+        return cast(Self, super().settle(path, shape, layout))
 
-    def _check_shape(self, path: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Raises if the normal does not fit a leaf of this shape; returns the unit's axes."""
+    def _unit_axes(
+        self, path: str | None, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> tuple[int, ...]:
+        """The axes of a unit; raises if the normal does not fit it."""
         name = type(self).__name__
-        axis = settle_axis(name, self.axis, shape, path)
+        axis = settle_axis(name, self.axis, shape, path, layout)
         unit = tuple(shape[a] for a in axis)
         if self.normal.shape != unit:
             raise ValueError(
@@ -438,7 +439,7 @@ class _NormalSet(UnitSet):
 
     def _plane(self, wide: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The normal, with 1 as its largest entry, and the nearest point to zero."""
-        axis = self._check_shape(None, wide.shape)
+        axis = self._unit_axes(None, wide.shape)
         beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
         normal = jnp.asarray(self.normal, wide.dtype).reshape(beside)
         largest = jnp.max(jnp.abs(normal))

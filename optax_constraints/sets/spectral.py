@@ -295,7 +295,8 @@ def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
         gram_squared = squared + 2 * error + eye
         # Upper bounds of the largest eigenvalue of E and the largest singular value of X.
         near = _frobenius(squared) < 0.81
-        norm = jnp.where(k == 0, jnp.sqrt(jnp.sqrt(_frobenius(gram_squared))) * 1.01, 1)
+        norm = jnp.sqrt(jnp.sqrt(_frobenius(gram_squared))) * 1.01
+        norm = jnp.where((k == 0) & (norm > 0), norm, 1)
         row = jnp.asarray(_QUINTICS, a.dtype)[jnp.minimum(k, len(_QUINTICS) - 1)]
         a1, a3, a5 = (
             jnp.where(near, n, r / norm**p)
@@ -424,18 +425,15 @@ def _clip(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
 
 
 def _threshold(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
-    sums = jnp.cumsum(s, axis=-1)
+    # By distances from the largest, so that nothing cancels where the bound is far below it.
+    below = s[..., :1] - s
     counts = jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)
-    threshold = jnp.max((sums - bound) / counts, axis=-1, keepdims=True)
+    levels = (bound + jnp.cumsum(below, axis=-1)) / counts
+    level = jnp.minimum(jnp.min(levels, axis=-1, keepdims=True), s[..., :1])
     # Singular values that are zero come out as rounding, and there can be many.
     total = jnp.sum(s * (s > tolerance * s[..., :1]), axis=-1)
     allowed = total <= bound[..., 0] * (1 + tolerance)
-    lower = jnp.maximum(s - jnp.maximum(threshold, 0), 0)
-    # The sum of all of them was rounded where it is much larger than the bound; this is not.
-    kept = lower > 0
-    excess = jnp.maximum(jnp.sum(lower, axis=-1, keepdims=True) - bound, 0)
-    lower -= kept * excess / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1)
-    return _Values(jnp.maximum(lower, 0), s > threshold, allowed)
+    return _Values(jnp.maximum(level - below, 0), level > below, allowed)
 
 
 class _Truncate(NamedTuple):

@@ -94,7 +94,7 @@ MATRIX = (-2, -1)
 CASES = [
     Case(
         oc.orthogonal(),
-        singular(None, np.ones_like),
+        singular(None, np.sign),
         measured(None, lambda s: np.max(np.abs(s - 1))),
         allowed=signed_units,
         unit=MATRIX,
@@ -104,7 +104,7 @@ CASES = [
     ),
     Case(
         oc.orthogonal(2.0, axis=(0, 1)),
-        singular((0, 1), lambda s: 2 * np.ones_like(s)),
+        singular((0, 1), lambda s: 2 * np.sign(s)),
         measured((0, 1), lambda s: np.max(np.abs(s / 2 - 1))),
         allowed=tall_units,
         unit=(0, 1, 2),

@@ -1,0 +1,290 @@
+"""Constraints made of others: what they project to, settle, remember and refuse."""
+
+import json
+import re
+
+import cvxpy as cp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import bits, float64, norms
+
+import optax_constraints as oc
+from optax_constraints._axes import LeafLayout
+
+W = 3 * jax.random.normal(jax.random.key(0), (6, 4))
+X64 = bool(jax.config.jax_enable_x64)
+
+
+# Soft.
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_soft_goes_part_of_the_way(rate):
+    hard = float64(oc.max_norm(1.0)(W))
+    got = oc.soft(oc.max_norm(1.0), rate)(W)
+    np.testing.assert_allclose(got, float64(W) + rate * (hard - float64(W)), rtol=1e-6, atol=1e-6)
+
+
+def test_soft_leaves_what_is_inside_and_is_hard_at_rate_1():
+    inside = oc.max_norm(1.0)(W)
+    for rate in (0.1, 0.5, 1.0):
+        assert bits(oc.soft(oc.max_norm(1.0), rate)(inside)) == bits(inside)
+    assert bits(oc.soft(oc.max_norm(1.0), 1.0)(W)) == bits(inside)
+
+
+def test_soft_fades_in_with_a_schedule():
+    tx = oc.project(oc.soft(oc.max_norm(1.0), optax.linear_schedule(0.0, 1.0, 2)))
+    params, state = W, tx.init(W)
+    outside = []
+    for _ in range(3):
+        updates, state = tx.update(jnp.zeros_like(W), state, params)
+        params = optax.apply_updates(params, updates)
+        outside.append(np.max(norms(float64(params), 0)) - 1)
+    assert outside[0] == pytest.approx(np.max(norms(float64(W), 0)) - 1)
+    assert outside[0] > outside[1] > 1e-3
+    assert outside[2] < 1e-6
+
+
+def test_soft_in_the_chain_is_not_corrected_into_the_set():
+    # Elementwise sets are, entry by entry; half way to one there is nothing to correct.
+    tx = oc.project(oc.soft(oc.non_neg(), 0.5))
+    w = jnp.array([-1.0, 1.0])
+    updates, _ = tx.update(jnp.zeros(2), tx.init(w), w)
+    np.testing.assert_array_equal(optax.apply_updates(w, updates), [-0.5, 1.0])
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_soft_rates_are_checked(rate):
+    with pytest.raises(ValueError, match=r"Soft: rate=.* is not allowed; write a number from 0 to"):
+        oc.soft(oc.non_neg(), rate)
+
+
+# Part.
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (np.s_[:, :2], ":, :2"),
+        (np.s_[1], "1"),
+        (np.s_[..., -1], "..., -1"),
+        (np.s_[::2, 1:-1], "::2, 1:-1"),
+        ("[:, 0]", ":, 0"),
+        (" 1:,:2 ", "1:, :2"),
+        ((np.int64(2), slice(None, None, -1)), "2, ::-1"),
+    ],
+)
+def test_parts_are_those_of_numpy(index, text):
+    constraint = oc.part(oc.non_neg(), index)
+    assert constraint.index == text
+    want = np.array(W)
+    parsed = eval(f"np.s_[{text}]")
+    want[parsed] = np.maximum(want[parsed], 0)
+    np.testing.assert_array_equal(constraint(W), want)
+    assert oc.deserialize(json.loads(json.dumps(oc.serialize(constraint)))) == constraint
+
+
+def test_the_rest_of_a_part_is_free_to_the_bit():
+    tx = optax.chain(optax.sgd(0.1), oc.project(oc.part(oc.max_norm(0.5), ":, :2")))
+    updates, _ = tx.update(W, tx.init(W), W)
+    after = optax.apply_updates(W, updates)
+    np.testing.assert_allclose(after[:, 2:], 0.9 * W[:, 2:], rtol=1e-6)
+    np.testing.assert_allclose(norms(float64(after[:, :2]), 0), 0.5, rtol=1e-6)
+
+
+def test_axes_are_those_of_the_part():
+    kernel = jax.random.normal(jax.random.key(0), (5, 4, 12))
+    layout = LeafLayout("LSTMCell", fan_in=(1,), stacked=(0,))
+    part = oc.part(oc.max_norm(1.0, axis="fan_in"), "2, :, :3").settle("w", kernel.shape, layout)
+    assert part.constraint.axis == (0,)
+    out = float64(part(kernel))
+    np.testing.assert_array_equal(np.delete(out, 2, axis=0), np.delete(kernel, 2, axis=0))
+    assert np.max(norms(out[2, :, :3], 0)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ("a", ValueError, "index='a' is not an index; write integers, slices and '...'"),
+        ("__import__('os')", ValueError, "is not an index"),
+        ("", ValueError, "is not an index"),
+        ("1::2:3", ValueError, "is not an index"),
+        ("..., ...", ValueError, "has more than one '...'"),
+        (1.5, TypeError, "index=1.5 is not an index"),
+        (True, TypeError, "index=True is not an index"),
+        (np.array([True, False]), TypeError, "is not an index"),
+        (None, TypeError, "index=None is not an index"),
+        ("9" * 50, ValueError, "is not an index"),
+    ],
+)
+def test_bad_indices(index, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        oc.part(oc.non_neg(), index)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("9", "Part on 'a/w' of shape (6, 4): there is no [9]: index 9 is out of bounds"),
+        (":, :, 0", "there is no [:, :, 0]: too many indices"),
+        ("4:2", "[4:2] is empty, so that nothing is constrained"),
+    ],
+)
+def test_parts_that_a_leaf_does_not_have(index, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        oc.project({"w": oc.part(oc.non_neg(), index)}).init({"a": {"w": W}})
+
+
+def test_elementwise_parts_are_exact_in_the_chain():
+    tx = optax.chain(optax.sgd(1.0), oc.project(oc.part(oc.box(-0.01, 0.01), "1:")))
+    w = jax.random.normal(jax.random.key(1), (6, 4), jnp.bfloat16)
+    updates, _ = tx.update(w, tx.init(w), w)
+    after = float64(optax.apply_updates(w, updates))
+    assert np.max(np.abs(after[1:])) <= float(jnp.bfloat16(0.01))
+
+
+# Compose.
+
+
+def test_compose_applies_in_order():
+    first, last = oc.max_norm(1.0), oc.box(-0.1, 0.1)
+    np.testing.assert_array_equal(oc.compose(first, last)(W), last(first(W)))
+    assert not np.array_equal(oc.compose(last, first)(W), last(first(W)))
+
+
+def test_compose_settles_reports_and_serialises():
+    constraint = oc.compose(oc.non_neg(), oc.max_norm(1.0, axis="fan_in"))
+    rules = {"kernel": constraint}
+    params = {"Conv_0": {"kernel": jnp.ones((3, 3, 2, 4))}}
+    row = oc.report(params, rules).rows[0]
+    assert (row.constraint, row.units, row.at_bound) == ("Compose(NonNeg(), MaxNorm(1))", 4, 4)
+    config = json.loads(json.dumps(oc.serialize(rules)))
+    assert oc.deserialize(config) == rules
+
+
+def test_a_composition_of_elementwise_sets_is_one():
+    assert oc.compose(oc.non_neg(), oc.box(-1, 1)).elementwise
+    assert not oc.compose(oc.non_neg(), oc.max_norm(1.0)).elementwise
+
+
+# Intersection.
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_the_nearest_point_of_an_intersection(scale):
+    w = scale * np.random.default_rng(1).normal(size=(6, 4))
+    got = oc.intersection(
+        oc.center_around(0.25, axis=0), oc.sum_to(1.0, axis=1), oc.box(-0.5, 1.0), iterations=5000
+    )(jnp.asarray(w, jnp.float64 if X64 else jnp.float32))
+    x = cp.Variable((6, 4))
+    sets = [cp.sum(x, axis=0) == 1.5, cp.sum(x, axis=1) == 1, x >= -0.5, x <= 1]
+    cp.Problem(cp.Minimize(cp.sum_squares(x - w)), sets).solve(
+        solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
+    )
+    # The solver itself is right to some 1e-8.
+    np.testing.assert_allclose(got, x.value, atol=1e-7 if X64 else 1e-5)
+
+
+def test_an_intersection_of_planes_is_smooth_and_one_of_balls_is_not():
+    planes = oc.intersection(oc.sum_to(1.0, axis=0), oc.sum_to(1.5, axis=1))
+    assert planes.smooth
+    assert not oc.intersection(oc.sum_to(1.0), oc.non_neg()).smooth
+
+
+def test_gradients_go_through_an_intersection():
+    both = oc.intersection(oc.non_neg(), oc.max_norm(1.0))
+    w, dw, cotangent = (
+        jax.random.normal(key, (6, 4)) for key in jax.random.split(jax.random.key(3), 3)
+    )
+    _, forward = jax.jvp(both, (w,), (dw,))
+    (backward,) = jax.vjp(both, w)[1](cotangent)
+    np.testing.assert_allclose(jnp.vdot(forward, cotangent), jnp.vdot(dw, backward), rtol=1e-4)
+
+
+def test_traced_bounds_and_schedules_inside():
+    project = jax.jit(lambda w, bound: oc.intersection(oc.non_neg(), oc.max_norm(bound))(w))
+    for bound in (0.5, 1.0):
+        np.testing.assert_allclose(norms(float64(project(jnp.abs(W), bound)), 0), bound, rtol=1e-6)
+    tx = oc.project(oc.intersection(oc.non_neg(), oc.max_norm(lambda step: 1.0 + step)))
+    params, state = W, tx.init(W)
+    for bound in (1.0, 2.0):
+        updates, state = tx.update(10 * jnp.abs(W), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(norms(float64(params), 0), bound, rtol=1e-6)
+
+
+def test_eager_calls_compile_once():
+    both = oc.intersection(oc.non_neg(), oc.max_norm(1.0))
+    assert _count_compilations(lambda: both(2 * W)) > 0
+    other = 3 * W
+    assert _count_compilations(lambda: both(other)) == 0
+
+
+def _count_compilations(function) -> int:
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    function()
+    return sum("backend_compile" in name for name in events)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: oc.compose(oc.non_neg()),
+            ValueError,
+            "Compose: 1 constraints are given;",
+        ),
+        (lambda: oc.compose(oc.non_neg(), None), ValueError, "constraint=None constrains nothing"),
+        (
+            lambda: oc.intersection(oc.non_neg(), oc.unit_norm()),
+            ValueError,
+            "Intersection: UnitNorm() is not known to be convex",
+        ),
+        (
+            lambda: oc.intersection(oc.non_neg(), oc.max_norm(), iterations=0),
+            ValueError,
+            "iterations=0 is not allowed",
+        ),
+        (
+            lambda: oc.intersection(oc.non_neg(), oc.max_norm(), iterations=1.5),
+            TypeError,
+            "iterations=1.5 is not an int",
+        ),
+        (lambda: oc.soft(None, 0.5), ValueError, "Soft: constraint=None constrains nothing"),
+        (lambda: oc.part(None, "0"), ValueError, "Part: constraint=None constrains nothing"),
+    ],
+)
+def test_bad_combinations(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"constraints": "non_neg"},
+        {"constraints": [], "iterations": 3},
+        {"constraints": ["non_neg", "max_norm"], "other": 1},
+        {"constraints": ["non_neg", {"class_name": "Compose", "config": {}}]},
+    ],
+)
+@pytest.mark.parametrize("name", ["Compose", "Intersection"])
+def test_bad_configs_end_in_a_value_error(name, config):
+    with pytest.raises(ValueError, match=r"does not fit|constraints are given"):
+        oc.deserialize({"class_name": name, "config": config})
+
+
+def test_nested_combinators():
+    constraint = oc.Stacked(
+        oc.compose(oc.part(oc.non_neg(), "0"), oc.soft(oc.max_norm(1.0), 1.0)), axis=-1
+    )
+    w = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    got = float64(oc.constrain({"w": w}, {"w": constraint})["w"])
+    assert np.min(got[0]) >= 0
+    assert np.max(norms(got, 0)) <= 1 + 1e-6
+    assert oc.deserialize(json.loads(json.dumps(oc.serialize(constraint)))) == constraint
