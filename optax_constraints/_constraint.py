@@ -360,6 +360,8 @@ def _short(value: object) -> str:
         _is_array(value) and cast(Any, value).ndim == 0
     ):
         return f"{float(cast(Any, value)):.4g}"
+    if _is_array(value):
+        return f"array {'x'.join(map(str, cast(Any, value).shape))}"
     return repr(value)
 
 

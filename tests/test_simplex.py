@@ -10,6 +10,7 @@ from cases import bits, float64
 from cases.simplex import NORMAL, onto_simplex
 
 import optax_constraints as oc
+from optax_constraints._axes import LeafLayout
 from optax_constraints.sets.simplex import (
     CenterAround,
     HalfSpace,
@@ -316,6 +317,13 @@ def test_a_normal_has_the_shape_of_a_unit():
         constraint(jnp.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"normal has shape \(1,\)"):
         Hyperplane([1.0])(jnp.zeros((3, 4)))
+
+
+def test_a_normal_along_fan_in():
+    constraint = HalfSpace(np.ones((3, 4)), axis="fan_in")
+    assert constraint.settle("attention/out/kernel", (3, 4, 5)).axis == (0, 1)
+    layout = LeafLayout("Einsum", (1, 2))
+    assert constraint.settle("w", (2, 3, 4), layout).axis == (1, 2)
 
 
 def test_configs_hold_the_normal():

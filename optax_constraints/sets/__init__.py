@@ -20,9 +20,16 @@ from optax_constraints.sets.norm import MaxNorm as MaxNorm
 from optax_constraints.sets.norm import MaxRMS as MaxRMS
 from optax_constraints.sets.norm import MinMaxNorm as MinMaxNorm
 from optax_constraints.sets.norm import UnitNorm as UnitNorm
+from optax_constraints.sets.order import Monotone as Monotone
+from optax_constraints.sets.order import NM as NM
+from optax_constraints.sets.order import TopK as TopK
 from optax_constraints.sets.simplex import CenterAround as CenterAround
 from optax_constraints.sets.simplex import HalfSpace as HalfSpace
 from optax_constraints.sets.simplex import Hyperplane as Hyperplane
 from optax_constraints.sets.simplex import L1Ball as L1Ball
 from optax_constraints.sets.simplex import Simplex as Simplex
 from optax_constraints.sets.simplex import SumTo as SumTo
+from optax_constraints.sets.spectral import LowRank as LowRank
+from optax_constraints.sets.spectral import MaxSpectralNorm as MaxSpectralNorm
+from optax_constraints.sets.spectral import NuclearNormBall as NuclearNormBall
+from optax_constraints.sets.spectral import Orthogonal as Orthogonal

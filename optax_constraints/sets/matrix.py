@@ -141,9 +141,9 @@ class PositiveSemidefinite(MatrixSet):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> oc.positive_semidefinite()(jnp.array([[0.0, 2.0], [2.0, 0.0]]))
-        Array([[1., 1.],
-               [1., 1.]], dtype=float32)
+        >>> oc.positive_semidefinite()(jnp.array([[1.0, 0.0], [0.0, -1.0]]))
+        Array([[1., 0.],
+               [0., 0.]], dtype=float32)
     """
 
     convex = True
@@ -212,12 +212,10 @@ def _eigen(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _raise_eigenvalues(a: jax.Array, bound: jax.Array) -> jax.Array:
-    vectors, values, slack = _eigen(a)
+    vectors, values, _ = _eigen(a)
     above = jnp.maximum(values - bound, 0)
     out = _matmul(vectors * above[..., None, :], _transpose(vectors))
-    out = _symmetric_part(out) + bound * jnp.eye(a.shape[-1], dtype=a.dtype)
-    inside = jnp.all(values >= bound - slack, axis=-1)[..., None, None]
-    return jnp.where(inside & jnp.all(a == _transpose(a), (-2, -1), keepdims=True), a, out)
+    return _symmetric_part(out) + bound * jnp.eye(a.shape[-1], dtype=a.dtype)
 
 
 @jax.custom_jvp

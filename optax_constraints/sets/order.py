@@ -49,8 +49,8 @@ class Monotone(_LineSet):
     sorted to the bit. Two sorted halves merge by pooling: where ``sum(max(left - v, 0)) ==
     sum(max(v - right, 0))``, whatever is above ``v`` on the left and below it on the right
     becomes ``v``. So pairs of entries merge into sorted fours, eights and so on, all units at
-    once. Up to eights ``v`` has a closed form, and above it is found by a bracketed Newton
-    iteration on masked sums.
+    once. Up to eights ``v`` has a closed form, and above it is found by Newton's method on
+    masked sums.
 
     Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
     from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
@@ -167,29 +167,29 @@ def _pool_of_few(x: jax.Array, half: int) -> jax.Array:
 
 
 def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
-    """The root of the sum of excesses over it, by Newton's method between brackets."""
-    low, high = x[:, half : half + 1], x[:, half - 1 : half]
-    rounding = 4 * _numerics.eps(x.dtype) * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    """The root of the sum of excesses over it, by Newton's method: means of pools.
+
+    It needs no brackets. Between two values no more entries are pooled than at the two
+    together, so a step that passes the root is followed by one back that is not longer.
+    """
+    first, last = x[:, half : half + 1], x[:, half - 1 : half]
+    scale = jnp.maximum(jnp.abs(first), jnp.abs(last))
+    rounding = max(4, math.sqrt(half)) * _numerics.eps(x.dtype) * scale
     left = _is_left(x, half)
 
     def improve(state):
-        i, low, high, pool, active = state
+        i, pool, active = state
         excess = x - pool
         excess = jnp.where(left, jnp.maximum(excess, 0), jnp.minimum(excess, 0))
-        total = jnp.sum(excess, axis=1, keepdims=True)
         count = jnp.sum(excess != 0, axis=1, keepdims=True).astype(x.dtype)
-        step = total / jnp.maximum(count, 1)
-        low = jnp.where(active & (total >= 0), pool, low)
-        high = jnp.where(active & (total <= 0), pool, high)
-        done = ~(jnp.abs(step) > rounding) | (high - low <= rounding)
-        new = pool + step
-        new = jnp.where(done | ((low < new) & (new < high)), new, low / 2 + high / 2)
+        step = jnp.sum(excess, axis=1, keepdims=True) / jnp.maximum(count, 1)
         # What has converged stays, so that no unit depends on how long another takes.
-        return i + 1, low, high, jnp.where(active, new, pool), active & ~done
+        pool = jnp.where(active, pool + step, pool)
+        return i + 1, pool, active & (jnp.abs(step) > rounding)
 
-    # Few units take more than eight steps; the limit is for those that bisect to the end.
-    start = 0, low, high, low / 2 + high / 2, high > low
-    return lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < 100), improve, start)[3]
+    # Eight steps are the rule; the limit is for sums that round more than they should.
+    start = 0, first / 2 + last / 2, last > first
+    return lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < 50), improve, start)[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

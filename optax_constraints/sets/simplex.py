@@ -148,7 +148,7 @@ class Simplex(UnitSet):
     for finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory
     Appl. 50, 1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math.
     Program. 158, 2016. Two sums over the weights a step, for all units at once; about 7 steps
-    for random weights, never more than half as many as bits in the result and in the size.
+    for random weights, about ``12 + log2(size of a unit)`` at most in float32.
 
     Args:
         total: The sum of each unit, at least 0.

@@ -325,7 +325,9 @@ def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
         lambda carry: jnp.any(open(carry[2])) & (carry[0] < limit), step, (0, x, error)
     )
     # Not where the loop gave up, and 3/2 of a column would not end.
-    return jnp.where(ordinary & ~far & (off <= tolerance), a, scale * _finish(moved, error, tolerance))
+    return jnp.where(
+        ordinary & ~far & (off <= tolerance), a, scale * _finish(moved, error, tolerance)
+    )
 
 
 def _finish(x: jax.Array, error: jax.Array, tolerance: float) -> jax.Array:

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 import optax_constraints as oc
-from cases import combinators, elementwise, norm
+from cases import combinators, elementwise, matrix, norm, order, simplex, spectral
 from cases._case import DTYPES as DTYPES
 from cases._case import Case as Case
 from cases._case import bits as bits
 from cases._case import float64 as float64
 from cases._case import norms as norms
 
-CASES = [case for family in (norm, elementwise, combinators) for case in family.CASES]
+_FAMILIES = (norm, elementwise, simplex, order, matrix, spectral, combinators)
+CASES = [case for family in _FAMILIES for case in family.CASES]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

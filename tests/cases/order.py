@@ -19,7 +19,7 @@ def ordered(axis: int, sign: int = 1) -> Reference:
 
     def outside(w: np.ndarray) -> np.ndarray:
         falls = np.max(-np.diff(sign * w, axis=axis), axis=axis, initial=0)
-        return falls / np.maximum(np.max(np.abs(w), axis=axis), 1e-300)
+        return np.max(falls / np.maximum(np.max(np.abs(w), axis=axis), 1e-300))
 
     return project, outside
 
@@ -36,7 +36,7 @@ def largest(k: int, units: Callable[[np.ndarray], np.ndarray]) -> Reference:
         return out
 
     def outside(w: np.ndarray) -> np.ndarray:
-        return np.maximum(np.count_nonzero(units(w), axis=1) - k, 0)
+        return np.maximum(np.max(np.count_nonzero(units(w), axis=1)) - k, 0)
 
     return project, outside
 

@@ -53,14 +53,15 @@ def simplex(radius: float) -> Spectrum:
     def f(s: np.ndarray) -> np.ndarray:
         if np.sum(s) <= radius:
             return s
-        low, high = 0.0, float(s[0])
+        # What is left of the largest; beside 1e30 the threshold itself has no digits for it.
+        low, high = 0.0, min(radius, float(s[0]))
         for _ in range(200):
             middle = (low + high) / 2
-            if np.sum(np.maximum(s - middle, 0)) > radius:
-                low = middle
-            else:
+            if np.sum(np.maximum(middle - (s[0] - s), 0)) > radius:
                 high = middle
-        return np.maximum(s - high, 0)
+            else:
+                low = middle
+        return np.maximum(low - (s[0] - s), 0)
 
     return f
 
