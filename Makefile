@@ -2,6 +2,9 @@
 # what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two test workers, or two benchmarks, share the cores: threads of OpenBLAS would wait for one
+# another, and a singular value decomposition take seconds.
+export OPENBLAS_NUM_THREADS := 1
 
 .PHONY: demo test test-floor bench lint clean
 
@@ -23,6 +26,7 @@ test-floor: .venv-floor/.tests
 
 bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/sets.py
 
 .venv/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

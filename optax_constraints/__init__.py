@@ -11,6 +11,7 @@ from optax_constraints._project import constrain as constrain
 from optax_constraints._project import project as project
 from optax_constraints._project import violations as violations
 from optax_constraints._report import Report as Report
+from optax_constraints._report import assert_feasible as assert_feasible
 from optax_constraints._report import report as report
 from optax_constraints._tangent import TangentState as TangentState
 from optax_constraints._tangent import tangent as tangent

@@ -1,11 +1,13 @@
 """The table for people."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._project import check_memory, distance, keyed, memory_in
 from optax_constraints._rules import Binder, Bound, Rules
@@ -142,6 +144,81 @@ def report(
             if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
         )
     )
+
+
+def assert_feasible(
+    params: Any,
+    rules: Rules,
+    *,
+    step: jax.typing.ArrayLike = 0,
+    state: Any = None,
+    layout: Layout | None = None,
+    strict: bool = True,
+    tolerance: float = 16.0,
+) -> None:
+    """Raises an error that lists what is outside its set, worst first.
+
+    For tests of a training loop of one's own: it fails if `project` is not the last in its
+    chain, if weights were loaded or averaged and not constrained, and if rules have come to
+    match other leaves. Reads the weights back from the device: call it outside `jax.jit`.
+
+    Args:
+        params: Any tree of arrays.
+        rules: As for `project`.
+        step: What schedules see: that of the last update, so the count of updates less 1.
+        state: As for `constrain`.
+        layout: As for `project`.
+        strict: As for `project`.
+        tolerance: How far outside rounding may lead: so many machine epsilons of a leaf's dtype
+            times its norm. Elementwise sets have none.
+
+    Raises:
+        AssertionError: If a leaf is outside its set, or holds a NaN.
+        TypeError: If a rule names a leaf that is not floating-point.
+        ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.assert_feasible({"bias": jnp.zeros(3)}, {"bias": oc.non_neg()})
+        >>> oc.assert_feasible({"bias": -jnp.ones(3)}, {"bias": oc.non_neg()})
+        Traceback (most recent call last):
+        AssertionError: 1 of 1 constrained leaves is outside its set:
+          bias (3, float32) is 1.73 from NonNeg()
+        Is project last in its chain? Weights that were loaded or averaged need constrain.
+    """
+    bound = Binder(rules, layout=layout, strict=strict)(params)
+    leaves, memory = jax.tree.leaves(params), memory_in(state)
+    if memory is not None:
+        check_memory(memory, bound, leaves)
+    constrained, outside = 0, []
+    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
+        constraint = leaf_bound.at(step)
+        if constraint is None:
+            continue
+        constrained += 1
+        leaf = jnp.asarray(leaf)
+        away = float(distance(leaf, constraint, (memory or {}).get(key)))
+        norm = float(_numerics.norm(leaf.astype(_numerics.compute_dtype(leaf.dtype)), None).max())
+        rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(leaf.dtype) * norm
+        if not away <= rounding:  # also if it is NaN
+            shape = "x".join(map(str, leaf.shape)) or "scalar"
+            text = f"{leaf_bound.path} ({shape}, {leaf.dtype}) is {away:.3g} from {constraint}"
+            outside.append((-math.inf if math.isnan(away) else -away, text))
+    if outside:
+        worst = [f"  {text}" for _, text in sorted(outside)[:10]]
+        verb = "is outside its set" if len(outside) == 1 else "are outside their sets"
+        raise AssertionError(
+            "\n".join(
+                [
+                    f"{len(outside)} of {constrained} constrained leaves {verb}"
+                    + (":" if len(outside) <= 10 else "; the worst 10:"),
+                    *worst,
+                    "Is project last in its chain? Weights that were loaded or averaged need "
+                    "constrain.",
+                ]
+            )
+        )
 
 
 def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike, memory: Any) -> Row:

@@ -129,21 +129,26 @@ def test_items_that_do_not_predict_themselves():
 @pytest.mark.parametrize("increasing", [True, False])
 def test_isotonic_regression(increasing):
     # Not one projection: those are in the plain distance, the weights are in the loss.
-    y = (1 if increasing else -1) * np.linspace(-1, 1, 40)[:, None] + 0.5 * normal(40, 3)
-    weight = np.random.default_rng(1).uniform(0.1, 1, size=(40, 3))
-    columns = zip(y.T, weight.T, strict=True)
-    want = np.stack(
-        [isotonic_regression(v, sample_weight=s, increasing=increasing) for v, s in columns], axis=1
+    y = (1 if increasing else -1) * np.linspace(-1, 1, 16)[:, None] + 0.5 * normal(16, 3)
+    weight = np.random.default_rng(1).uniform(0.1, 1, size=(16, 3))
+    want, once = (
+        np.stack(
+            [
+                isotonic_regression(v, sample_weight=s, increasing=increasing)
+                for v, s in zip(y.T, weights.T, strict=True)
+            ],
+            axis=1,
+        )
+        for weights in (weight, np.ones_like(weight))
     )
+    assert np.max(np.abs(once - want)) > 0.05
     scale, target = jnp.asarray(weight, WIDE), jnp.asarray(y, WIDE)
 
     def loss(w):
         return 0.5 * jnp.sum(scale * jnp.square(w - target))
 
     constraint = oc.monotone(increasing=increasing)
-    finds(want, loss, np.zeros((40, 3)), constraint, steps=300, momentum=0.7)
-    once = float64(oc.constrain(jnp.asarray(y, WIDE), constraint))
-    assert np.max(np.abs(once - want)) > 0.05
+    finds(want, loss, np.zeros((16, 3)), constraint, steps=300, momentum=0.7)
 
 
 @pytest.mark.parametrize("tangent", [False, True])
@@ -184,12 +189,14 @@ def test_portfolio():
 
 def test_mixture_of_experts():
     # The convex combination of predictions that fits best, for three targets at once.
-    a, b = design(60, 6), design(60, 6) @ np.abs(normal(6, 3)) / 3 + 0.05 * normal(60, 3, seed=3)
+    a = design(60, 6)
+    b = a @ np.abs(normal(6, 3)) / 3 + 0.05 * normal(60, 3, seed=3)
 
     def objective(w):
         return cp.sum_squares(a @ w - b)
 
     want = by_cvxpy((6, 3), objective, lambda w: cp.sum(w, axis=0) == 1, nonneg=True)
+    assert np.sum(want < 1e-6) > 2
     finds(want, half_squares(a, b), np.zeros((6, 3)), oc.simplex(), steps=1500, momentum=0.8)
 
 
@@ -308,7 +315,7 @@ def fitted(net: nn.Module, rules) -> Callable[[jax.Array], np.ndarray]:
     tx = optax.chain(optax.adam(1e-2), oc.project(rules) if rules else optax.identity())
 
     def loss(params):
-        return jnp.mean(jnp.square(net.apply(params, x) - y))
+        return jnp.mean(jnp.square(jnp.asarray(net.apply(params, x)) - y))
 
     def step(carry, _):
         params, state = carry
@@ -318,15 +325,17 @@ def fitted(net: nn.Module, rules) -> Callable[[jax.Array], np.ndarray]:
 
     @jax.jit
     def run(params):
-        params = oc.constrain(params, rules) if rules else params
         return jax.lax.scan(step, (params, tx.init(params)), length=300)
 
     (params, _), losses = run(start)
-    print(losses[0], losses[-1])
-    assert losses[-1] < 0.9 * losses[0]
-    with jax.default_matmul_precision("highest"):
-        predict = jax.jit(net.apply)
-        return lambda x: float64(predict(params, x))
+    assert losses[-1] < 0.9 * losses[1]
+    apply = jax.jit(net.apply)
+
+    def predict(x):
+        with jax.default_matmul_precision("highest"):
+            return float64(apply(params, x))
+
+    return predict
 
 
 class MLP(nn.Module):
@@ -349,8 +358,10 @@ class InputConvex(nn.Module):
         return (nn.Dense(1, use_bias=False, name="z2")(z) + nn.Dense(1)(x))[:, 0]
 
 
+@pytest.mark.slow
 def test_a_network_of_spectral_norms_is_1_lipschitz():
     x, y = points(2, PAIRS, seed=7, high=1.5)
+    y = jnp.where(jnp.arange(PAIRS)[:, None] % 2 == 0, y, x + 0.1 * y)  # half of them are near
     apart = np.linalg.norm(float64(x) - float64(y), axis=1)
 
     def slopes(rules):
@@ -358,7 +369,6 @@ def test_a_network_of_spectral_norms_is_1_lipschitz():
         return np.abs(f(x) - f(y)) / apart
 
     slope = slopes({"kernel": oc.max_spectral_norm(1.0)})
-    print(np.max(slope))
     assert 0.5 < np.max(slope) <= 1 + 1e-4
     assert np.sum(slopes(None) > 1 + 1e-4) > 1000
 

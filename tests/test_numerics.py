@@ -174,8 +174,8 @@ def test_ends_of_the_range_of_float16(case: Case, scale):
     # Where the result is itself subnormal, float16 has a spacing of 6e-8; and what adds to
     # entries may add more than it can hold.
     largest = np.max(np.abs(want)) if case.adds else 0
-    holds = np.abs(want) < 65504
-    assert np.mean(holds) > 0.9
+    holds = np.abs(want) < 65520
+    assert np.mean(holds) > 0.75
     np.testing.assert_allclose(
         float64(case.constraint(w))[holds], want[holds], rtol=2e-3, atol=6e-8 + 2e-3 * largest
     )

@@ -134,6 +134,7 @@ def _is_left(x: jax.Array, half: int) -> jax.Array:
 def _pooled(x: jax.Array, pool: jax.Array, half: int) -> jax.Array:
     """The entries that are out of order with the value of their pool."""
     inside = jnp.where(_is_left(x, half), x > pool, x < pool)
+    # The rest keeps blocks in order to the bit, also where a division is off by an ulp.
     return inside & (x[:, half - 1 : half] > x[:, half : half + 1])
 
 
