@@ -54,7 +54,7 @@ def test_every_kind_of_smooth_set_is_among_them():
         oc.Stacked(oc.max_norm(1.0)),
         oc.Soft(oc.unit_norm(), 0.5),
         oc.Compose(oc.unit_norm(), oc.non_neg()),
-        jnp.tanh,
+        pytest.param(jnp.tanh, id="tanh"),
     ],
     ids=str,
 )

@@ -20,8 +20,8 @@ from optax_constraints.sets.norm import MaxNorm as MaxNorm
 from optax_constraints.sets.norm import MaxRMS as MaxRMS
 from optax_constraints.sets.norm import MinMaxNorm as MinMaxNorm
 from optax_constraints.sets.norm import UnitNorm as UnitNorm
-from optax_constraints.sets.order import Monotone as Monotone
 from optax_constraints.sets.order import NM as NM
+from optax_constraints.sets.order import Monotone as Monotone
 from optax_constraints.sets.order import TopK as TopK
 from optax_constraints.sets.simplex import CenterAround as CenterAround
 from optax_constraints.sets.simplex import HalfSpace as HalfSpace

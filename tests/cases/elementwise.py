@@ -35,9 +35,7 @@ CASES = [
         lambda w: np.maximum(w, [-np.inf, -0.5, 0]),
         lambda w: np.maximum([-np.inf, -0.5, 0] - w, 0),
     ),
-    Case(
-        oc.mask(_FREE), lambda w: np.where(_FREE, w, 0), lambda w: np.abs(np.where(_FREE, 0, w))
-    ),
+    Case(oc.mask(_FREE), lambda w: np.where(_FREE, w, 0), lambda w: np.abs(np.where(_FREE, 0, w))),
     Case(
         oc.zero_diagonal(),
         lambda w: np.where(_EYE, 0, w),
