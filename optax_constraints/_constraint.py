@@ -493,10 +493,14 @@ def get(identifier: Any) -> Any:
 def _look_up(name: str) -> Any:
     if name not in _registry:
         close = difflib.get_close_matches(name, _registry, n=3, cutoff=0.5)
+        # Of a set of the library, one of its two names is enough.
+        names = {
+            snake_case(known) if _registry[known] in _builtin else known for known in _registry
+        }
         hint = (
             f"Did you mean {' or '.join(map(repr, close))}?"
             if close
-            else (f"Known names are {', '.join(sorted(_registry))}.")
+            else f"Known names are {', '.join(sorted(names))}."
         )
         raise ValueError(
             f"Could not interpret constraint identifier: {name!r}. {hint} A class or "

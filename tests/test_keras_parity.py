@@ -343,9 +343,13 @@ def test_center_around_in_a_chain():
 def test_center_around_has_a_config_once_it_is_registered():
     with pytest.raises(TypeError, match=r"CenterAround.* has no JSON form.*register"):
         oc.serialize(CenterAround(0.5))
-    oc.register(CenterAround)
+    # The library has one of this name, too.
+    with pytest.raises(ValueError, match=r"The name 'CenterAround' is taken by .*name=\.\.\."):
+        oc.register(CenterAround)
+    oc.register(CenterAround, name="Centred")
     config = json.loads(json.dumps(oc.serialize(CenterAround(0.5))))
     assert config["class_name"] == "CenterAround"
+    assert config["registered_name"] == "Centred"
     assert config["config"] == {"ref_value": 0.5}
     again = oc.deserialize(config)
     assert type(again) is CenterAround

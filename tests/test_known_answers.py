@@ -303,10 +303,10 @@ def points(*shape: int, seed: int, high: float) -> jax.Array:
     return jnp.asarray(rng.uniform(-high, high, size=(*shape, 2)), jnp.float32)
 
 
-def fitted(net: nn.Module, rules) -> Callable[[jax.Array], np.ndarray]:
+def fitted(net: nn.Module, rules, height: float = 1.0) -> Callable[[jax.Array], np.ndarray]:
     """A network trained for a target that is steep, not convex and not monotonic."""
     x, rng = points(256, seed=0, high=1.0), np.random.default_rng(1)
-    y = jnp.sin(4 * x[:, 0]) * jnp.cos(2 * x[:, 1]) + 0.5 * x[:, 1]
+    y = height * (jnp.sin(4 * x[:, 0]) * jnp.cos(2 * x[:, 1]) + 0.5 * x[:, 1])
     # With numbers of NumPy, whose program need not be compiled.
     start = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / leaf.shape[0] ** 0.5, leaf.dtype),
@@ -328,7 +328,7 @@ def fitted(net: nn.Module, rules) -> Callable[[jax.Array], np.ndarray]:
         return jax.lax.scan(step, (params, tx.init(params)), length=300)
 
     (params, _), losses = run(start)
-    assert losses[-1] < 0.9 * losses[1]
+    assert losses[-1] < 0.95 * losses[1]  # it was trained, as far as the set allows
     apply = jax.jit(net.apply)
 
     def predict(x):
@@ -365,11 +365,11 @@ def test_a_network_of_spectral_norms_is_1_lipschitz():
     apart = np.linalg.norm(float64(x) - float64(y), axis=1)
 
     def slopes(rules):
-        f = fitted(MLP(), rules)
+        f = fitted(MLP(), rules, height=5.0)
         return np.abs(f(x) - f(y)) / apart
 
     slope = slopes({"kernel": oc.max_spectral_norm(1.0)})
-    assert 0.5 < np.max(slope) <= 1 + 1e-4
+    assert 0.9 < np.max(slope) <= 1 + 1e-4
     assert np.sum(slopes(None) > 1 + 1e-4) > 1000
 
 

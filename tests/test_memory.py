@@ -270,7 +270,7 @@ def test_orbax_keeps_the_memory(tmp_path):
 def test_other_texts_are_errors(text):
     for constraint in (oc.max_norm, oc.fixed_norm, oc.max_rms, oc.min_max_norm):
         with pytest.raises(
-            ValueError, match="is not known; write a number, or 'init' or '2x init'"
+            ValueError, match="is not a number; write a number, or 'init' or '2x init'"
         ):
             constraint(text)
 

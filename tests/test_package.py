@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import optax_constraints as oc
+from optax_constraints import _constraint
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -49,11 +50,32 @@ def test_the_public_names():
         for name, thing in vars(oc).items()
         if not name.startswith("_") and not isinstance(thing, types.ModuleType)
     }
-    classes = {"Constraint", "MaxNorm", "MinMaxNorm", "NonNeg", "Stacked", "UnitNorm"}
-    aliases = {"max_norm", "min_max_norm", "non_neg", "stacked", "unit_norm"}
-    verbs = {"project", "constrain", "violations", "report", "ProjectState", "Report"}
+    sets = re.findall(
+        r"\w+",
+        """
+        MaxNorm MinMaxNorm UnitNorm FixedNorm MaxRMS NonNeg Box Mask ZeroDiagonal Grid Simplex
+        L1Ball SumTo CenterAround HalfSpace Hyperplane Monotone TopK NM Orthogonal MaxSpectralNorm
+        NuclearNormBall LowRank Symmetric SkewSymmetric PositiveSemidefinite DoublyStochastic
+        Radial Soft Compose Intersection Stacked Part
+        """,
+    )
+    aliases = re.findall(
+        r"\w+",
+        """
+        max_norm min_max_norm unit_norm fixed_norm max_rms non_neg box mask zero_diagonal grid
+        simplex l1_ball sum_to center_around half_space hyperplane monotone top_k nm orthogonal
+        max_spectral_norm nuclear_norm_ball low_rank symmetric skew_symmetric
+        positive_semidefinite doubly_stochastic radial soft compose intersection stacked part
+        """,
+    )
+    for name, alias in zip(sets, aliases, strict=True):
+        assert getattr(oc, alias) is getattr(oc, name)
+        assert _constraint._registry[alias] is _constraint._registry[name] is getattr(oc, name)
+    classes = {"Constraint", *sets}
+    verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible"}
+    verbs |= {"ProjectState", "TangentState", "Report"}
     identifiers = {"get", "serialize", "deserialize", "register"}
-    assert public == classes | aliases | verbs | identifiers
+    assert public == classes | set(aliases) | verbs | identifiers
 
 
 CHECK = """

@@ -109,8 +109,8 @@ def _check_bound(owner: str, name: str, bound: Bound) -> float | None:
         return check_number(owner, name, bound, low=0)
     if not _RELATIVE.fullmatch(bound):
         raise ValueError(
-            f"{owner}: {name}={shown(bound)} is not known; write a number, or 'init' or '2x init' "
-            "for a multiple of each unit's norm at init."
+            f"{owner}: {name}={shown(bound)} is not a number; write a number, or 'init' or "
+            "'2x init' for a multiple of each unit's norm at init."
         )
     return None
 

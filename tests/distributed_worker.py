@@ -1,0 +1,342 @@
+"""Training on many devices, compared with the same training on one of them.
+
+`test_distributed.py` runs this as a program, since devices are counted when JAX starts. It prints
+what it checked and what failed as one line of JSON.
+"""
+
+import collections
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# What LLVM makes of the program is not what is looked at, and takes half of the time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_constraints as oc
+
+STEPS = 3
+MATRICES = {
+    "in": ((128, 32), P("x", None)),
+    "out": ((128, 32), P(None, "x")),
+    "both": ((128, 32), P("x", "y")),
+    "stack": ((4, 32, 16), P("x", None, None)),
+    "stack and out": ((4, 32, 16), P("y", None, "x")),
+}
+SMALL = {"both": ((32, 8), P("x", "y"))}
+SQUARES = {"both": ((16, 16), P("x", "y"))}
+WINDOWS = {"both": ((3, 3, 8, 8), P(None, None, "x", "y"))}
+
+# Units are the columns of a matrix, of which a stack has 4 * 16. The smallest shard of a leaf has
+# 256 entries, so that no shard passes for a vector.
+UNITS = 64
+# Sums in another order differ by a few eps in each step, relative to the weights before and after
+# it: these start with about 1. Factorisations of matrices add up more of it.
+ULPS, MATRIX_ULPS = 16, 64
+
+_FREE = np.random.default_rng(1).random((128, 32)) < 0.5
+
+UNIT_NORMS = {
+    "max_norm": oc.max_norm(optax.linear_schedule(5.0, 3.0, STEPS)),
+    "min_max_norm": oc.min_max_norm(0.5, 1.0, rate=0.5),
+    "unit_norm": oc.unit_norm(),
+    "fixed_norm": oc.fixed_norm("init", axis=0),
+    "max_rms": oc.max_rms(0.2, axis=0),
+    "soft": oc.soft(oc.max_norm(1.0), 0.5),
+    "compose": oc.compose(oc.non_neg(), oc.max_norm(1.0)),
+    "intersection": oc.intersection(oc.non_neg(), oc.max_norm(1.0), iterations=20),
+}
+LEAF_NORMS = {
+    "max_norm": oc.max_norm(1.0, axis=None),
+    "fixed_norm": oc.fixed_norm("2x init"),
+    "max_rms": oc.max_rms(0.2),
+}
+ELEMENTWISE = {
+    "non_neg": oc.non_neg(),
+    "box": oc.box(-0.01, 0.5),
+    "grid": oc.grid([-1, 0, 1]),
+    "mask": oc.mask(_FREE),
+    "nm": oc.nm(2, 4),
+    "zero_diagonal": oc.zero_diagonal(),
+}
+SUMS = {
+    "simplex": oc.simplex(),
+    "l1_ball": oc.l1_ball(),
+    "sum_to": oc.sum_to(1.0),
+    "center_around": oc.center_around(0.5, axis=0),
+    "hyperplane": oc.hyperplane(np.linspace(1, 2, 128), 1.0),
+    "half_space": oc.half_space(np.linspace(1, 2, 128), -1.0),
+    "top_k": oc.top_k(0.25, axis=0),
+}
+OTHERS = {
+    "monotone": oc.monotone(),
+    "top_k": oc.top_k(5),
+    "part": oc.part(oc.non_neg(), "..., :3"),
+    "orthogonal": oc.orthogonal(),
+    "max_spectral_norm": oc.max_spectral_norm(1.0),
+    "nuclear_norm_ball": oc.nuclear_norm_ball(2.0),
+    "low_rank": oc.low_rank(3),
+    "symmetric": oc.symmetric(),
+    "skew_symmetric": oc.skew_symmetric(),
+    "positive_semidefinite": oc.positive_semidefinite(),
+    "doubly_stochastic": oc.doubly_stochastic(),
+    "radial": oc.radial(),
+}
+SQUARE = (
+    "zero_diagonal",
+    "symmetric",
+    "skew_symmetric",
+    "positive_semidefinite",
+    "doubly_stochastic",
+)
+PROCESSES = {
+    "max_norm": oc.max_norm(optax.linear_schedule(5.0, 3.0, STEPS), axis="fan_in"),
+    "fixed_norm": oc.fixed_norm("init", axis="fan_in"),
+    "l1_ball": oc.l1_ball(),
+    "non_neg": oc.non_neg(),
+    "low_rank": oc.low_rank(3),
+}
+GROUPS = {
+    "norms of units": (UNIT_NORMS, UNITS),
+    "norms of leaves": (LEAF_NORMS, 4),
+    "elementwise": (ELEMENTWISE, 0),
+    "sums": (SUMS, UNITS),
+    "others": (OTHERS, None),
+    "processes": (PROCESSES, UNITS),
+}
+"""The sets, and the largest array that may go between devices; None for any."""
+
+
+# All places for a set of each kind.
+PLACES = {
+    **dict.fromkeys(("max_norm", "fixed_norm", "box", "simplex"), MATRICES),
+    **dict.fromkeys(("min_max_norm", "unit_norm", "max_rms"), ("in", "out", "stack and out")),
+}
+
+
+def leaves_of(group: str, name: str) -> dict[str, tuple[tuple[int, ...], P]]:
+    """For each place the shape of a leaf, and its spec."""
+    if name == "radial":
+        return WINDOWS
+    if name in SQUARE:
+        return SQUARES
+    if group == "others":
+        return SMALL
+    return {place: MATRICES[place] for place in PLACES.get(name, ("both",))}
+
+
+def rules_of(group: str) -> dict[str, Any]:
+    return {
+        f"/{name}/{place}/kernel": oc.stacked(constraint) if place.startswith("stack") else constraint
+        for name, constraint in GROUPS[group][0].items()
+        for place in leaves_of(group, name)
+    }
+
+
+class Checks:
+    """What was checked, and what failed."""
+
+    def __init__(self):
+        self.passed = collections.Counter()
+        self.failed: list[str] = []
+        self.worst: dict[str, float] = {}
+
+    def that(self, ok: Any, kind: str, what: str) -> None:
+        if ok:
+            self.passed[kind] += 1
+        else:
+            self.failed.append(f"{kind}: {what}")
+
+    def close(self, kind: str, group: str, got: Any, want: Any) -> None:
+        """Whether the shards that this process has are parts of the arrays wanted."""
+        limit = MATRIX_ULPS if GROUPS[group][1] is None else ULPS
+        for (keys, g), w in zip(
+            jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+        ):
+            w = np.asarray(w)
+            for shard in g.addressable_shards:
+                error = np.max(np.abs(np.asarray(shard.data) - w[shard.index]), initial=0)
+                ulps = float(error / np.finfo(np.float32).eps / max(1, np.max(np.abs(w))))
+                self.worst[group] = max(self.worst.get(group, 0), ulps)
+                self.that(ulps <= limit, kind, f"{group}{jax.tree_util.keystr(keys)}: {ulps} ulps")
+
+
+_COLLECTIVE = re.compile(
+    r"= (\([^=]*?\)|\S+) "
+    r"((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter|collective-\w+)(?:-start)?\("
+)
+
+
+def collectives(program: str) -> set[tuple[str, int]]:
+    """The kinds of collectives in a compiled program, with the entries of what they make.
+
+    For an all-reduce that is what it takes, too.
+    """
+    return {
+        (kind, math.prod(int(n) for n in shape.split(",") if n))
+        for result, kind in _COLLECTIVE.findall(program)
+        for shape in re.findall(r"\w\[([\d,]*)\]", result)
+    }
+
+
+compilations = 0
+
+
+def _count(event: str, *_: Any, **__: Any) -> None:
+    global compilations
+    compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+def start(group: str) -> tuple[Any, Any, Any]:
+    """Weights outside their sets, one gradient, and their specs."""
+    rng = np.random.default_rng(0)
+    made: dict[str, Any] = {}
+    for name in GROUPS[group][0]:
+        for place, (shape, spec) in leaves_of(group, name).items():
+            w, g = rng.normal(size=(2, *shape)).astype(np.float32)
+            made.setdefault(name, {})[place] = {"kernel": (w, g, spec)}
+    is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+    return tuple(jax.tree.map(lambda x, i=i: x[i], made, is_leaf=is_leaf) for i in range(3))
+
+
+def programs(group: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    rules = rules_of(group)
+    tx = optax.chain(optax.adam(1e-2), oc.project(rules))
+
+    def step(params, state, grads):
+        # The same in all runs, to the bit, so that Adam does not blow up small differences.
+        grads = jax.tree.map(lambda g: g * jnp.cos(state[1].count.astype(g.dtype)), grads)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def look(params, state):
+        return (
+            oc.constrain(params, rules, state=state, step=STEPS),
+            oc.violations(params, rules, state=state, step=STEPS),
+        )
+
+    return tx, jax.jit(step, donate_argnums=(0, 1)), jax.jit(look)
+
+
+def put(x: Any, mesh: Mesh, spec: P = P()) -> jax.Array:
+    """An array over all processes, of which each has the whole as a host array."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+
+def placed(state: Any, mesh: Mesh) -> Any:
+    """A state in which the counts are on all devices, as after a step."""
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else put(x, mesh), state
+    )
+
+
+def shardings(tree: Any) -> list[Any]:
+    return [(x.sharding, x.ndim) for x in jax.tree.leaves(tree)]
+
+
+def train(checks: Checks, group: str, mesh: Mesh, *, audit: bool = True) -> None:
+    """Some steps on the mesh and on one device, and what can be told of them."""
+    weights, gradients, specs = start(group)
+    tx, step, look = programs(group)
+    one = jax.local_devices()[0]
+
+    params, grads = jax.device_put((weights, gradients), one)
+    state = tx.init(params)
+    twice = jax.tree.map(lambda w: 2 * w, weights)
+    seen = look(jax.device_put(twice, one), state) if audit else None
+    for _ in range(STEPS):
+        params, state = step(params, state, grads)
+    want = params, state
+
+    spread = functools.partial(jax.tree.map, lambda w, spec: put(w, mesh, spec))
+    params, grads = spread(weights, specs), spread(gradients, specs)
+    before = params
+    state = placed(tx.init(params), mesh)
+    where = shardings((params, state))
+
+    most = GROUPS[group][1]
+    step_program = step.lower(params, state, grads).compile()
+    moved = {"step": collectives(step_program.as_text())}
+    if audit:
+        at = spread(twice, specs)
+        program = look.lower(at, state).compile()
+        checks.close("constrain and violations", group, program(at, state), seen)
+        # The distance of a whole leaf is one number.
+        moved["constrain and violations"] = collectives(program.as_text())
+    if most is not None:
+        for verb, found in moved.items():
+            limit = 1 if most == 0 and verb != "step" else most
+            for kind, size in found:
+                checks.that(
+                    kind == "all-reduce" and size <= limit,
+                    "collectives",
+                    f"{group}, {verb}: {kind} of {size} entries",
+                )
+            checks.that(bool(found) or most == 0, "collectives", f"{group}, {verb}: none found")
+
+    for i in range(STEPS):
+        count = compilations
+        params, state = step(params, state, grads)
+        checks.that(
+            i == 0 or compilations == count,
+            "compilations",
+            f"{group}: {compilations - count} in step {i}",
+        )
+    checks.that(
+        all(x.is_deleted() for x in jax.tree.leaves(before)), "donation", f"{group}: not taken"
+    )
+    checks.close("equality", group, (params, state), want)
+    for (old, ndim), (new, _), (keys, _) in zip(
+        where,
+        shardings((params, state)),
+        jax.tree_util.tree_leaves_with_path((params, state)),
+        strict=True,
+    ):
+        checks.that(
+            new.is_equivalent_to(old, ndim),
+            "shardings",
+            f"{group}{jax.tree_util.keystr(keys)}: {old} became {new}",
+        )
+
+
+def self_test(checks: Checks, mesh: Mesh) -> None:
+    """A gathered parameter has to show up among the collectives."""
+    w = put(np.ones((128, 32), np.float32), mesh, P("x", "y"))
+    found = collectives(jax.jit(lambda w: jnp.sort(w, axis=0) @ w.T).lower(w).compile().as_text())
+    checks.that(
+        any(kind != "all-reduce" for kind, _ in found) and max(n for _, n in found) > UNITS,
+        "collectives",
+        f"none of a sort: {found}",
+    )
+
+
+def main() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_count)
+    jax.config.update("jax_platforms", "cpu")
+    checks = Checks()
+    jax.config.update("jax_num_cpu_devices", 8)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    self_test(checks, mesh)
+    import time
+
+    for group in GROUPS:
+        print(group, time.process_time(), file=sys.stderr)
+        train(checks, group, mesh, audit=group != "others")
+    print(group, time.process_time(), file=sys.stderr)
+    print(json.dumps({"failed": checks.failed, "passed": checks.passed, "worst": checks.worst}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Every set as an Optax transformation, through one list of promises."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, DTYPES, Case, bits, float64, norms
+from cases.norm import within
+
+import optax_constraints as oc
+
+WIDEST = DTYPES[0]
+RATE = 0.125
+PAIRS = [*((d, d) for d in DTYPES), (WIDEST, jnp.bfloat16), (jnp.bfloat16, WIDEST)]
+
+
+def normal(shape: tuple[int, ...], seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), WIDEST)
+
+
+# Sets that remember their first weights have no entry of their own in CASES.
+START = float64(normal((7, 5, 3), 0))
+
+
+def relative(constraint: oc.Constraint, axis, low: float, high: float) -> Case:
+    """A set whose norms are multiples of those at init."""
+
+    def outside(w: np.ndarray) -> np.ndarray:
+        return within(None, low, high)[1](norms(w, axis) / norms(START, axis))
+
+    def each(w: np.ndarray) -> np.ndarray:
+        ratio = norms(w, axis) / norms(START, axis)
+        return np.maximum(np.maximum(ratio / high - 1, (low - ratio) / (low or 1)), 0)
+
+    del outside
+    return Case(constraint, lambda w: w, each)
+
+
+ALL = [
+    *CASES,
+    relative(oc.fixed_norm("init"), None, 1, 1),
+    relative(oc.max_norm("init", axis=1), 1, 0, 1),
+    relative(oc.Stacked(oc.Soft(oc.fixed_norm("init"), rate=1.0)), (1, 2), 1, 1),
+]
+each_case = pytest.mark.parametrize("case", ALL, ids=str)
+
+
+def eps(dtype) -> float:
+    return float(jnp.finfo(dtype).eps)
+
+
+def avals(tree) -> Any:
+    """Structure, shapes, dtypes and weak types: what a compiled step is compiled for."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
+
+
+# The numbers of a set, of those inside it, too.
+
+
+def numbers(constraint: oc.Constraint) -> list[Any]:
+    found = []
+    for f in dataclasses.fields(constraint):  # pyright: ignore[reportArgumentType]
+        value = getattr(constraint, f.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, oc.Constraint):
+                found += numbers(part)
+        if f.metadata.get("number") and isinstance(value, (int, float)):
+            found.append(value)
+    return found
+
+
+def with_numbers(constraint: oc.Constraint, new: Iterator[Any]) -> oc.Constraint:
+    if isinstance(constraint, (oc.Compose, oc.Intersection)):
+        return type(constraint)(*[with_numbers(c, new) for c in constraint.constraints])
+    values = {}
+    for f in dataclasses.fields(constraint):  # pyright: ignore[reportArgumentType]
+        value = getattr(constraint, f.name)
+        if isinstance(value, oc.Constraint):
+            values[f.name] = with_numbers(value, new)
+        elif f.metadata.get("number") and isinstance(value, (int, float)):
+            values[f.name] = next(new)
+    return dataclasses.replace(constraint, **values)  # pyright: ignore[reportArgumentType]
+
+
+def another(value: Any) -> Any:
+    """A number that is allowed wherever `value` is, beside others changed alike."""
+    return value + 1 if isinstance(value, int) else value / 2 or 0.25
+
+
+def injected(constraint: oc.Constraint) -> tuple[Any, dict[str, Any]]:
+    """A chain whose numbers are in its state, traced, and those numbers by name."""
+    named = {f"number_{i}": value for i, value in enumerate(numbers(constraint))}
+
+    def build(**new):
+        return optax.chain(
+            optax.sgd(RATE), oc.project(with_numbers(constraint, iter(new.values())))
+        )
+
+    # inject_hyperparams goes by the signature.
+    names = ", ".join(named)
+    scope: dict[str, Any] = {"build": build}
+    exec(f"def make({names}): return build({', '.join(f'{n}={n}' for n in named)})", scope)
+    return optax.inject_hyperparams(scope["make"])(**named), named
+
+
+def test_numbers_are_found():
+    found = {str(case): numbers(case.constraint) for case in ALL}
+    assert numbers(oc.min_max_norm(0.5, 1.5)) == [0.5, 1.5, 1.0]
+    assert numbers(oc.Compose(oc.non_neg(), oc.max_norm(3.0))) == [3.0]
+    assert numbers(oc.Soft(oc.max_norm("init"), 0.5)) == [0.5]
+    assert sum(bool(values) for values in found.values()) >= 30
+
+
+@each_case
+def test_steps_scans_and_accumulation(case: Case):
+    constraint = case.constraint
+    gradients = normal((4, *case.shape), 1)
+    tx, named = injected(constraint)
+    traces = []
+
+    def counted(updates, state, params, **extra_args):
+        traces.append(None)
+        return tx.update(updates, state, params, **extra_args)
+
+    update = jax.jit(counted)
+
+    def step(params, state, gradient):
+        updates, state = update(gradient, state, params, value=1.0)
+        return optax.apply_updates(params, updates), state
+
+    def check(params):
+        allowed = 0 if constraint.elementwise else case.slack * eps(WIDEST)
+        assert np.max(case.outside(float64(params))) <= allowed
+
+    start: Any = constraint(normal(case.shape, 0))
+    first_state = tx.init(start)
+
+    # Each step ends in the set, and leaves the state as it was but for its values.
+    params, state = start, first_state
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
+        check(params)
+        assert avals(params) == avals(start)
+        assert avals(state) == avals(first_state)
+    assert np.any(float64(params) != float64(start))
+
+    # Other numbers in the state are another set, in the same program.
+    if named:
+        other = {name: jnp.asarray(another(value)) for name, value in named.items()}
+        other = {
+            name: value.astype(first_state.hyperparams[name].dtype) for name, value in other.items()
+        }
+        here, _ = step(start, first_state, gradients[0])
+        there, _ = step(start, first_state._replace(hyperparams=other), gradients[0])
+        assert np.max(np.abs(float64(there) - float64(here))) > 1e-3
+
+    # Accumulation: half-way nothing, then the step for the mean, which ends in the set.
+    accumulating = optax.MultiSteps(
+        optax.GradientTransformationExtraArgs(tx.init, update),  # pyright: ignore[reportArgumentType]
+        2,
+    )
+    params, state = start, accumulating.init(start)
+    updates, state = accumulating.update(gradients[0], state, params, value=1.0)
+    half = optax.apply_updates(params, updates)
+    assert bits(half) == bits(start)
+    updates, state = accumulating.update(gradients[1], state, params, value=1.0)
+    params = optax.apply_updates(params, updates)
+    check(params)
+    mean, _ = step(start, first_state, (gradients[0] + gradients[1]) / 2)
+    scale = np.max(np.abs(float64(mean)))
+    near = case.near * (1e-9 if WIDEST == jnp.float64 else 1) + 8 * eps(WIDEST)
+    np.testing.assert_allclose(float64(params), float64(mean), rtol=0, atol=near * scale)
+
+    # All of that was one program.
+    assert len(traces) == 1
+
+    # A scan with a projection on every second step, of a set with concrete numbers, into the
+    # memory of its arguments: the same as step by step.
+    sparse = optax.chain(optax.sgd(RATE), oc.project(constraint, every=2))
+
+    def scanned(params, state):
+        def step(carry, gradient):
+            params, state = carry
+            updates, state = sparse.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, state), gradients)
+
+    wanted, params, state = [], start, first_state
+    for i, gradient in enumerate(gradients):
+        if i % 2:
+            params, state = step(params, state, gradient)
+        else:
+            params = params - RATE * gradient
+        wanted.append(float64(params))
+    given = jnp.copy(start), sparse.init(start)
+    (params, state), seen = jax.jit(scanned, donate_argnums=(0, 1))(*given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not start.is_deleted()
+    assert bits(params) == bits(seen[-1])
+    assert avals(state) == avals(sparse.init(start))
+    assert int(state[-1].count) == len(gradients)
+    check(seen[1])
+    check(seen[3])
+    np.testing.assert_allclose(float64(seen), np.array(wanted), rtol=0, atol=near * scale)
+
+
+@each_case
+def test_dtypes_of_updates_and_of_the_state(case: Case):
+    tx = optax.chain(optax.trace(0.9), oc.project(case.constraint))
+    for param, update in PAIRS:
+        params, updates = (jax.ShapeDtypeStruct(case.shape, dtype) for dtype in (param, update))
+        state = jax.eval_shape(tx.init, params)
+        # The momentum has the dtype of updates from the first step on.
+        state = jax.tree.map(
+            lambda x, d=update: x.update(dtype=d) if x.shape == case.shape else x,
+            state,
+        )
+        new, after = jax.eval_shape(tx.update, updates, state, params)
+        assert (new.shape, new.dtype) == (case.shape, jnp.promote_types(param, update))
+        assert avals(after[-1]) == avals(state[-1])
+
+
+@each_case
+def test_tree_map_params(case: Case):
+    tx = optax.chain(optax.adam(RATE), oc.project(case.constraint))
+    state = tx.init(normal(case.shape, 0))
+    kept = []
+    named = optax.tree_utils.tree_map_params(
+        tx, lambda leaf: "of a parameter", state, transform_non_params=lambda x: kept.append(x) or x
+    )
+    assert jax.tree.structure(named) == jax.tree.structure(state)
+    assert jax.tree.leaves(named).count("of a parameter") == 2
+    # What project has in the state belongs to no parameter, and came through as it was.
+    own = jax.tree.leaves(state[-1])
+    assert [id(x) for x in jax.tree.leaves(named[-1])] == [id(x) for x in own]
+    assert {id(x) for x in own} <= {id(x) for x in kept}
+
+
+@each_case
+def test_a_checkpointed_loss_has_gradients(case: Case):
+    # Weights that are projected inside the loss; the program is not run.
+    def loss(w):
+        return jnp.sum(jnp.sin(case.constraint(w)))
+
+    w = jax.ShapeDtypeStruct(case.shape, WIDEST)
+    gradient = jax.eval_shape(jax.grad(jax.checkpoint(loss)), w)
+    assert avals(gradient) == avals(w)
+
+
+@pytest.mark.parametrize(
+    "constraint", [oc.unit_norm(), oc.simplex(), oc.monotone(), oc.top_k(10)], ids=str
+)
+def test_a_checkpointed_loss_has_the_same_gradients(constraint):
+    def loss(w):
+        return jnp.sum(jnp.sin(constraint(w)))
+
+    def step(w):
+        return jax.grad(loss)(w), jax.grad(jax.checkpoint(loss))(w)
+
+    want, got = jax.jit(step)(normal((7, 5, 3), 0))
+    assert np.any(float64(want))
+    np.testing.assert_allclose(float64(got), float64(want), rtol=1e-5, atol=1e-6)
