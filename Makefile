@@ -6,14 +6,18 @@ BIN := .venv/bin
 # another, and a singular value decomposition take seconds.
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-floor bench lint clean
+# What depends on the dtype runs in float64, too.
+FLOAT64 := $(addprefix tests/test_,$(addsuffix .py,numerics simplex order matrix spectral \
+	elementwise combinators tangent known_answers project memory wrappers properties axes))
+
+.PHONY: demo test test-floor bench mutants lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
 
 test: .venv/.tests lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(FLOAT64)
 
 lint: .venv/.tests
 	$(BIN)/ruff check .
@@ -27,6 +31,9 @@ test-floor: .venv-floor/.tests
 bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/sets.py
+
+mutants: .venv/.tests
+	$(BIN)/python benchmarks/mutants.py
 
 .venv/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -134,7 +134,7 @@ def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
         params = jnp.asarray(optax.apply_updates(params, updates))
         return (params, state), params
 
-    steps = 50 if jit else 5
+    steps = 50
     gradients = weights(dtype=dtype, seed=1, shape=(steps, *case.shape))
     if jit:
         _, after = jax.jit(lambda *carry: jax.lax.scan(step, carry, gradients))(params, state)
