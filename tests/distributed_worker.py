@@ -5,7 +5,6 @@ what it checked and what failed as one line of JSON.
 """
 
 import collections
-import functools
 import json
 import math
 import os
@@ -105,7 +104,6 @@ PROCESSES = {
     "fixed_norm": oc.fixed_norm("init", axis="fan_in"),
     "l1_ball": oc.l1_ball(),
     "non_neg": oc.non_neg(),
-    "low_rank": oc.low_rank(3),
 }
 GROUPS = {
     "norms of units": (UNIT_NORMS, UNITS),
@@ -138,8 +136,8 @@ def leaves_of(group: str, name: str) -> dict[str, tuple[tuple[int, ...], P]]:
 
 def rules_of(group: str) -> dict[str, Any]:
     return {
-        f"/{name}/{place}/kernel": oc.stacked(constraint) if place.startswith("stack") else constraint
-        for name, constraint in GROUPS[group][0].items()
+        f"/{name}/{place}/kernel": oc.stacked(c) if place.startswith("stack") else c
+        for name, c in GROUPS[group][0].items()
         for place in leaves_of(group, name)
     }
 
@@ -206,11 +204,14 @@ def start(group: str) -> tuple[Any, Any, Any]:
         for place, (shape, spec) in leaves_of(group, name).items():
             w, g = rng.normal(size=(2, *shape)).astype(np.float32)
             made.setdefault(name, {})[place] = {"kernel": (w, g, spec)}
-    is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-    return tuple(jax.tree.map(lambda x, i=i: x[i], made, is_leaf=is_leaf) for i in range(3))
+
+    def part(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i], made, is_leaf=lambda x: isinstance(x, tuple))
+
+    return part(0), part(1), part(2)
 
 
-def programs(group: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+def programs(group: str) -> tuple[Any, Any, Any]:
     rules = rules_of(group)
     tx = optax.chain(optax.adam(1e-2), oc.project(rules))
 
@@ -229,7 +230,7 @@ def programs(group: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     return tx, jax.jit(step, donate_argnums=(0, 1)), jax.jit(look)
 
 
-def put(x: Any, mesh: Mesh, spec: P = P()) -> jax.Array:
+def put(x: Any, mesh: Mesh, spec: P) -> jax.Array:
     """An array over all processes, of which each has the whole as a host array."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
@@ -238,7 +239,7 @@ def put(x: Any, mesh: Mesh, spec: P = P()) -> jax.Array:
 def placed(state: Any, mesh: Mesh) -> Any:
     """A state in which the counts are on all devices, as after a step."""
     return jax.tree.map(
-        lambda x: x if isinstance(x.sharding, NamedSharding) else put(x, mesh), state
+        lambda x: x if isinstance(x.sharding, NamedSharding) else put(x, mesh, P()), state
     )
 
 
@@ -246,95 +247,144 @@ def shardings(tree: Any) -> list[Any]:
     return [(x.sharding, x.ndim) for x in jax.tree.leaves(tree)]
 
 
-def train(checks: Checks, group: str, mesh: Mesh, *, audit: bool = True) -> None:
+def train(checks: Checks, group: str, mesh: Mesh) -> None:
     """Some steps on the mesh and on one device, and what can be told of them."""
     weights, gradients, specs = start(group)
     tx, step, look = programs(group)
-    one = jax.local_devices()[0]
+    most = GROUPS[group][1]
+    audited = "norms" in group
 
-    params, grads = jax.device_put((weights, gradients), one)
-    state = tx.init(params)
-    twice = jax.tree.map(lambda w: 2 * w, weights)
-    seen = look(jax.device_put(twice, one), state) if audit else None
+    params, grads = jax.device_put((weights, gradients), jax.local_devices()[0])
+    state = jax.jit(tx.init)(params)
+    seen = look(params, state) if audited else None
     for _ in range(STEPS):
         params, state = step(params, state, grads)
     want = params, state
 
-    spread = functools.partial(jax.tree.map, lambda w, spec: put(w, mesh, spec))
-    params, grads = spread(weights, specs), spread(gradients, specs)
-    before = params
-    state = placed(tx.init(params), mesh)
-    where = shardings((params, state))
+    def spread(tree):
+        return jax.tree.map(lambda w, spec: put(w, mesh, spec), tree, specs)
 
-    most = GROUPS[group][1]
-    step_program = step.lower(params, state, grads).compile()
-    moved = {"step": collectives(step_program.as_text())}
-    if audit:
-        at = spread(twice, specs)
-        program = look.lower(at, state).compile()
-        checks.close("constrain and violations", group, program(at, state), seen)
-        # The distance of a whole leaf is one number.
+    params, grads = spread(weights), spread(gradients)
+    before = params
+    by_jit = group == "processes"
+    state = jax.jit(tx.init)(params) if by_jit else placed(tx.init(params), mesh)
+    where = shardings(params if by_jit else (params, state))
+    moved = {}
+    if audited:
+        program = look.lower(params, state).compile()
+        checks.close("constrain and violations", group, program(params, state), seen)
         moved["constrain and violations"] = collectives(program.as_text())
+    program = step.lower(params, state, grads).compile()
+    moved["step"] = collectives(program.as_text())
     if most is not None:
-        for verb, found in moved.items():
-            limit = 1 if most == 0 and verb != "step" else most
-            for kind, size in found:
-                checks.that(
-                    kind == "all-reduce" and size <= limit,
-                    "collectives",
-                    f"{group}, {verb}: {kind} of {size} entries",
-                )
-            checks.that(bool(found) or most == 0, "collectives", f"{group}, {verb}: none found")
+        check_moved(checks, group, moved, most)
 
     for i in range(STEPS):
         count = compilations
         params, state = step(params, state, grads)
-        checks.that(
-            i == 0 or compilations == count,
-            "compilations",
-            f"{group}: {compilations - count} in step {i}",
-        )
+        # Adam's moments start out whole on each device where init is compiled: one more.
+        if i > by_jit:
+            checks.that(compilations == count, "compilations", f"{group}: once more in step {i}")
     checks.that(
         all(x.is_deleted() for x in jax.tree.leaves(before)), "donation", f"{group}: not taken"
     )
     checks.close("equality", group, (params, state), want)
-    for (old, ndim), (new, _), (keys, _) in zip(
-        where,
-        shardings((params, state)),
-        jax.tree_util.tree_leaves_with_path((params, state)),
-        strict=True,
-    ):
-        checks.that(
-            new.is_equivalent_to(old, ndim),
-            "shardings",
-            f"{group}{jax.tree_util.keystr(keys)}: {old} became {new}",
-        )
+    after = shardings(params if by_jit else (params, state))
+    for (old, ndim), (new, _) in zip(where, after, strict=True):
+        checks.that(new.is_equivalent_to(old, ndim), "shardings", f"{group}: {old} became {new}")
+
+
+def check_moved(checks: Checks, group: str, moved: dict[str, Any], most: int) -> None:
+    for verb, found in moved.items():
+        checks.that(bool(found) == bool(most), "collectives", f"{group}, {verb}: {found}")
+        for kind, size in found:
+            checks.that(
+                kind == "all-reduce" and size <= most,
+                "collectives",
+                f"{group}, {verb}: {kind} of {size} entries",
+            )
 
 
 def self_test(checks: Checks, mesh: Mesh) -> None:
-    """A gathered parameter has to show up among the collectives."""
+    """What moves a parameter has to show up among the collectives."""
     w = put(np.ones((128, 32), np.float32), mesh, P("x", "y"))
-    found = collectives(jax.jit(lambda w: jnp.sort(w, axis=0) @ w.T).lower(w).compile().as_text())
-    checks.that(
-        any(kind != "all-reduce" for kind, _ in found) and max(n for _, n in found) > UNITS,
-        "collectives",
-        f"none of a sort: {found}",
-    )
+    for name, f, spec in (
+        ("all-gather", lambda w: 2 * w, P()),
+        ("all-to-all", lambda w: 2 * w, P("y")),
+        ("all-reduce", lambda w: w.T @ w, P()),
+    ):
+        program = jax.jit(f, out_shardings=NamedSharding(mesh, spec)).lower(w).compile()
+        found = collectives(program.as_text())
+        checks.that(max((n for _, n in found), default=0) > UNITS, "self-test", f"{name}: {found}")
+
+
+def hyperparameters(checks: Checks, mesh: Mesh) -> None:
+    """Numbers and arrays of which no process has all: outside jit, and as arguments of it."""
+    w, _ = np.random.default_rng(0).normal(size=(2, 32, 8)).astype(np.float32)
+    half, row, count = np.float32(0.5), np.linspace(1, 2, 32, dtype=np.float32), np.int32(5)
+    sets: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "max_norm": (oc.max_norm, (half,)),
+        "min_max_norm": (oc.min_max_norm, (half, 2 * half)),
+        "box of numbers": (oc.box, (-half, half)),
+        "box of arrays": (oc.box, (-row[:, None], row[:, None])),
+        "mask": (oc.mask, ((row > 1.5)[:, None],)),
+        "simplex": (oc.simplex, (half,)),
+        "hyperplane": (oc.hyperplane, (row, half)),
+        "half_space": (oc.half_space, (row, half)),
+        "top_k": (oc.top_k, (count,)),
+        "max_spectral_norm": (oc.max_spectral_norm, (half,)),
+        "soft": (lambda rate: oc.soft(oc.max_norm(1.0), rate), (half,)),
+        "intersection": (lambda most: oc.intersection(oc.non_neg(), oc.max_norm(most)), (half,)),
+    }
+
+    @jax.jit
+    def step(params, numbers):
+        rules = {f"/{name}": make(*numbers[name]) for name, (make, _) in sets.items()}
+        tx = optax.chain(optax.sgd(0.0), oc.project(rules))
+        updates, _ = tx.update(params, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    numbers = {
+        name: tuple(put(x, mesh, P("x") if np.ndim(x) else P()) for x in given)
+        for name, (_, given) in sets.items()
+    }
+    params = {name: put(w, mesh, P("x", "y")) for name in sets}
+    want = {name: make(*given)(w) for name, (make, given) in sets.items()}
+    checks.close("hyperparameters", "others", step(params, numbers), want)
+    for name, (make, _) in sets.items():
+        try:
+            constraint = make(*numbers[name])
+            if name in ("max_norm", "box of arrays", "mask", "hyperplane"):
+                got = oc.constrain(params[name], constraint)
+                checks.close("hyperparameters", "others", got, want[name])
+            checks.that(len(f"{constraint}{constraint!r}") > 10, "texts", name)
+        except Exception as error:
+            checks.that(False, "hyperparameters", f"{name}: {type(error).__name__}: {error}")
 
 
 def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(_count)
     jax.config.update("jax_platforms", "cpu")
+    # The default of newer versions. The partitioner before it gives some outputs of a step other
+    # shardings than the inputs have, with Adam alone, too.
+    jax.config.update("jax_use_shardy_partitioner", True)
     checks = Checks()
-    jax.config.update("jax_num_cpu_devices", 8)
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
-    self_test(checks, mesh)
-    import time
-
-    for group in GROUPS:
-        print(group, time.process_time(), file=sys.stderr)
-        train(checks, group, mesh, audit=group != "others")
-    print(group, time.process_time(), file=sys.stderr)
+    if len(sys.argv) == 1:
+        jax.config.update("jax_num_cpu_devices", 8)
+        shape, groups = (4, 2), [g for g in GROUPS if g != "processes"]
+    else:
+        port, count, process = map(int, sys.argv[1:])
+        jax.config.update("jax_num_cpu_devices", 2)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=60)
+        shape, groups = (count, 2), ["processes"]
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("x", "y"))
+    if groups != ["processes"]:
+        self_test(checks, mesh)
+    elif jax.process_count() == 2:
+        hyperparameters(checks, mesh)
+    for group in groups:
+        train(checks, group, mesh)
     print(json.dumps({"failed": checks.failed, "passed": checks.passed, "worst": checks.worst}))
 
 

@@ -158,7 +158,10 @@ class Box(_Elementwise):
 
 
 def _is_concrete(bound: Any) -> bool:
-    return bound is not None and not callable(bound) and not isinstance(bound, Tracer)
+    """Whether this process can read the numbers of a bound."""
+    if bound is None or callable(bound) or isinstance(bound, Tracer):
+        return False
+    return not isinstance(bound, jax.Array) or bound.is_fully_addressable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ class _NormSet(UnitSet):
         scale = self._scale(norm, self._at_init(norm, memory))
         target = (wide * scale).astype(params.dtype)
         dtype = jnp.promote_types(params.dtype, updates.dtype)
-        after = scale[(0,) * scale.ndim] if scale.size else after
+        after = jnp.max(scale) if scale.size else after
         return target.astype(dtype) - params.astype(dtype), memory, after
 
 

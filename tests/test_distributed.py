@@ -1,0 +1,96 @@
+"""Several devices, and several processes: `distributed_worker.py` runs on them and reports."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def run(*arguments: tuple[object, ...], timeout: float) -> list[dict]:
+    """What a worker for each of some arguments reports; all of them end."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *map(str, a)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for a in arguments
+    ]
+    try:
+        # Nobody waits for the second worker while the first fills its pipe: they say little.
+        said = [worker.communicate(timeout=timeout) for worker in workers]
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            stop(worker)
+        texts = [worker.communicate()[1] for worker in workers]
+        pytest.fail(f"not done after {timeout} s:\n" + "\n".join(text[-3000:] for text in texts))
+    finally:
+        for worker in workers:
+            stop(worker)
+    for worker, (_, stderr) in zip(workers, said, strict=True):
+        assert worker.returncode == 0, "\n".join(stderr[-3000:] for _, stderr in said)
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in said]
+
+
+def stop(worker: subprocess.Popen) -> None:
+    """Ends a worker and what it started, if it still runs."""
+    if worker.poll() is None:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def check(report: dict, *kinds: str) -> None:
+    assert not report["failed"], "\n".join(report["failed"])
+    assert set(report["passed"]) == set(kinds)
+
+
+@pytest.mark.skipif(
+    jax.config.jax_enable_x64, reason="the worker looks at float32, which it does without x64"
+)
+def test_eight_devices():
+    """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
+    (report,) = run((), timeout=300)
+    check(
+        report,
+        "self-test",
+        "equality",
+        "shardings",
+        "donation",
+        "compilations",
+        "collectives",
+        "constrain and violations",
+    )
+    # One group of sets for each of these.
+    assert report["passed"]["donation"] == len(report["worst"]) == 5
+    assert report["passed"]["equality"] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes(count):
+    """Each process has its shards of what a single device has."""
+    port = free_port()
+    reports = run(*((port, count, process) for process in range(count)), timeout=240)
+    kinds = ["equality", "shardings", "donation", "compilations", "collectives"]
+    for report in reports:
+        check(report, *kinds, *(["hyperparameters", "texts"] if count == 2 else []))
+        assert report["passed"]["equality"] > 20
