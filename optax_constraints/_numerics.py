@@ -57,6 +57,10 @@ def _fallback_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | Non
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    axes = range(x.ndim) if axis is None else axis
+    if all(x.shape[a] == 1 for a in axes):
+        # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
+        return jnp.abs(x)
     return lax.platform_dependent(
         x,
         sum_of_squares(x, axis),

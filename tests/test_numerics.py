@@ -280,6 +280,15 @@ def test_norm_over_the_whole_range(norm, exponent):
     np.testing.assert_allclose(float64(got), norms(float64(w), 0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-30, -3.0, 1e30])
+def test_norm_of_a_single_number(value):
+    for x in (jnp.full(1, value), jnp.full((1, 1), value), jnp.full((1, 3), value)):
+        for axis in ((0,), None):
+            want = norms(float64(x), axis)
+            np.testing.assert_allclose(_numerics.norm(x, axis), want, rtol=1e-6)
+    assert bits(oc.max_norm(2.0)(jnp.zeros(1))) == bits(jnp.zeros(1))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_norm_of_mixed_magnitudes(norm):
     w = jnp.array([[1e-25, 3e30, 1.0], [3e-25, 1e-30, 1e-20]], jnp.float32)
