@@ -648,6 +648,7 @@ def _deserialize(config: Any) -> Any:
         for key in config:
             if not isinstance(key, str):
                 raise TypeError(f"A config of rules has strings as keys, not {key!r}.")
+            _check_length(key)
         return {key: _deserialize(value) for key, value in config.items()}
     if isinstance(config, list):
         return [_deserialize_pair(pair) for pair in config]
@@ -660,6 +661,8 @@ def _deserialize(config: Any) -> Any:
 def _deserialize_pair(pair: Any) -> tuple[Any, Any]:
     pattern, value = _check_pair(pair)
     if isinstance(pattern, Mapping):
+        if isinstance(pattern.get("regex"), str):
+            _check_length(pattern["regex"])
         try:
             # Under DEBUG, compiling would print.
             pattern = re.compile(pattern["regex"], pattern.get("flags", 0) & ~int(re.DEBUG))
@@ -670,7 +673,21 @@ def _deserialize_pair(pair: Any) -> tuple[Any, Any]:
             ) from error
     elif not isinstance(pattern, str):
         raise TypeError(f"{shown(pattern)} is not a pattern; write a string.")
+    else:
+        _check_length(pattern)
     return pattern, _deserialize(value)
+
+
+# Python's own compiler of patterns takes seconds for very long ones.
+_LONGEST_PATTERN = 500
+
+
+def _check_length(pattern: str) -> None:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"{shown(pattern)} is not a pattern; write a string, or {{'regex': '...', 'flags': "
+            f"0}}, of at most {_LONGEST_PATTERN} characters."
+        )
 
 
 def _deserialize_constraint(config: Mapping[str, Any]) -> Any:

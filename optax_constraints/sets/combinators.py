@@ -341,7 +341,12 @@ def _index_text(index: Any) -> str:
             raise TypeError(f"Part: index={shown(index)} is not an index; {wanted}.") from None
     if texts.count("...") > 1:
         raise ValueError(f"Part: index={shown(index)} has more than one '...'; {wanted}.")
-    return ", ".join(texts)
+    text = ", ".join(texts)
+    try:
+        _parse_index(text)
+    except ValueError:  # an empty tuple, or numbers beyond any axis
+        raise ValueError(f"Part: index={shown(index)} is not an index; {wanted}.") from None
+    return text
 
 
 def _parse_index(text: str) -> tuple[Any, ...]:
