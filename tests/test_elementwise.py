@@ -72,6 +72,7 @@ def test_box_at_its_bounds():
         ((None, None), ValueError, "with neither lower nor upper it allows everything"),
         ((2, 1), ValueError, "lower=2 is above upper=1; swap them or widen the interval"),
         (([0, 3], 1.0), ValueError, "is above upper=1.0; swap them"),
+        (([1, 2], [3, 4, 5]), ValueError, "lower has shape (2,) and upper (3,), which do not"),
         (([0, np.nan], None), ValueError, "lower=[0, nan] has a NaN"),
         ((float("nan"), None), ValueError, "lower=nan is not allowed"),
         (("0", None), TypeError, "lower='0' is not a number"),

@@ -119,6 +119,13 @@ class Box(_Elementwise):
                 check_number("Box", name, bound)
         if self.lower is None and self.upper is None:
             raise ValueError("Box: with neither lower nor upper it allows everything; write one.")
+        try:
+            np.broadcast_shapes(*(np.shape(b) for b in (self.lower, self.upper) if _is_array(b)))
+        except ValueError:
+            raise ValueError(
+                f"Box: lower has shape {np.shape(self.lower)} and upper {np.shape(self.upper)}, "
+                "which do not broadcast; write two of the shape of the weights."
+            ) from None
         if (
             _is_concrete(self.lower)
             and _is_concrete(self.upper)
@@ -155,6 +162,10 @@ class Box(_Elementwise):
             for bound, compare in ((self.lower, jnp.less_equal), (self.upper, jnp.greater_equal))
         )
         return low | high
+
+
+def _is_array(bound: Any) -> bool:
+    return isinstance(bound, (np.ndarray, jax.Array))
 
 
 def _is_concrete(bound: Any) -> bool:
