@@ -120,10 +120,10 @@ class Box(_Elementwise):
         if self.lower is None and self.upper is None:
             raise ValueError("Box: with neither lower nor upper it allows everything; write one.")
         try:
-            np.broadcast_shapes(*(np.shape(b) for b in (self.lower, self.upper) if _is_array(b)))
+            np.broadcast_shapes(*(b.shape for b in (self.lower, self.upper) if _is_array(b)))
         except ValueError:
             raise ValueError(
-                f"Box: lower has shape {np.shape(self.lower)} and upper {np.shape(self.upper)}, "
+                f"Box: lower has shape {self.lower.shape} and upper {self.upper.shape}, "
                 "which do not broadcast; write two of the shape of the weights."
             ) from None
         if (
