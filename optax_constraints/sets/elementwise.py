@@ -119,12 +119,15 @@ class Box(_Elementwise):
                 check_number("Box", name, bound)
         if self.lower is None and self.upper is None:
             raise ValueError("Box: with neither lower nor upper it allows everything; write one.")
+        shapes = [
+            b.shape for b in (self.lower, self.upper) if isinstance(b, np.ndarray | jax.Array)
+        ]
         try:
-            np.broadcast_shapes(*(b.shape for b in (self.lower, self.upper) if _is_array(b)))
+            np.broadcast_shapes(*shapes)
         except ValueError:
             raise ValueError(
-                f"Box: lower has shape {self.lower.shape} and upper {self.upper.shape}, "
-                "which do not broadcast; write two of the shape of the weights."
+                f"Box: lower has shape {shapes[0]} and upper {shapes[1]}, which do not broadcast; "
+                "write two of the shape of the weights."
             ) from None
         if (
             _is_concrete(self.lower)
@@ -162,10 +165,6 @@ class Box(_Elementwise):
             for bound, compare in ((self.lower, jnp.less_equal), (self.upper, jnp.greater_equal))
         )
         return low | high
-
-
-def _is_array(bound: Any) -> bool:
-    return isinstance(bound, (np.ndarray, jax.Array))
 
 
 def _is_concrete(bound: Any) -> bool:
