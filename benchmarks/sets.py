@@ -75,7 +75,7 @@ def each_column(w: jax.Array) -> np.ndarray:
 
 
 def largest_by_sort(w: jax.Array) -> jax.Array:
-    kept = jax.lax.top_k(jnp.abs(w).T, len(w) // 10)[0][:, -1]
+    kept = jax.lax.top_k(jnp.abs(w).T, round(0.1 * len(w)))[0][:, -1]
     return jnp.where(jnp.abs(w) >= kept, w, 0)
 
 

@@ -617,3 +617,12 @@ def test_a_tree_seen_before_is_not_bound_again():
     assert calls == ["b", "w"] * 2
     tx.init({"b": _zeros(2), "v": _zeros(3, 2)})
     assert calls == ["b", "w"] * 2 + ["b", "v"]
+
+
+@pytest.mark.parametrize("leaves", [4, 5, 6])
+def test_paths_that_are_not_shown_are_counted(leaves):
+    params = {f"layer{i}": {"bias": jnp.ones(2)} for i in range(leaves)}
+    with pytest.raises(ValueError, match="The closest paths are") as error:
+        oc.project({"kernel": oc.non_neg()}).init(params)
+    assert ("more. Write" in str(error.value)) == (leaves > 5)
+    assert leaves <= 5 or "and 1 more" in str(error.value)
