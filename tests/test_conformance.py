@@ -1,6 +1,7 @@
 """Every set as an Optax transformation, through one list of promises."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,11 @@ import optax_constraints as oc
 
 WIDEST = DTYPES[0]
 RATE = 0.5  # a power of two: products with it are exact
+MULTI_STEPS = inspect.signature(optax.MultiSteps).parameters
 PAIRS = [*((d, d) for d in DTYPES), (WIDEST, jnp.bfloat16), (jnp.bfloat16, WIDEST)]
+
+# Newer versions of Optax accumulate in float32 if not told otherwise.
+WIDE = {"accumulator_dtype": WIDEST} if "accumulator_dtype" in MULTI_STEPS else {}
 
 
 def normal(shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -122,7 +127,7 @@ def test_steps_scans_and_accumulation(case: Case):
     gradients = normal((4, *case.shape), 1)
     tx, named = injected(constraint)
     # One program is both: four gradients with a step for each, and then a step for two.
-    steps = optax.MultiSteps(tx, lambda done: jnp.where(jnp.less(done, 4), 1, 2))
+    steps = optax.MultiSteps(tx, lambda done: jnp.where(jnp.less(done, 4), 1, 2), **WIDE)
     traces = []
 
     @jax.jit

@@ -61,7 +61,7 @@ def _too_long(signum: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Fails after a second of work."""
+    """Fails after LIMIT seconds of work."""
     before = signal.signal(signal.SIGVTALRM, _too_long)
     signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
     try:
@@ -161,7 +161,7 @@ def test_the_watch_sees(evil):
 
 
 def test_the_watch_ends_what_takes_too_long():
-    with pytest.raises(AssertionError, match=r"more than 1\.0 s"), limited():
+    with pytest.raises(AssertionError, match=r"more than 5\.0 s"), limited():
         for _ in itertools.count():
             pass
 
