@@ -47,6 +47,8 @@ ALL = [
     relative(oc.max_norm("init", axis=1), 1, 0, 1),
     relative(oc.Stacked(oc.Soft(oc.fixed_norm("init"), rate=1.0)), (1, 2), 1, 1),
 ]
+# Compiling is what takes time, and a second entry of a set is much the same scan.
+FIRST = {(type(case.constraint), case.constraint.remembers): case for case in reversed(ALL)}
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
 
 
@@ -180,6 +182,9 @@ def test_steps_scans_and_accumulation(case: Case):
 
     # All of that was one program.
     assert len(traces) == 1
+
+    if case not in FIRST.values():
+        return
 
     # A scan with a projection on every second step, of a set with concrete numbers, into the
     # memory of its arguments: the same as step by step.

@@ -39,7 +39,7 @@ def test_bounds_may_be_arrays_that_broadcast():
         (None, jnp.ones((4, 3))),
     ):
         want = np.clip(np.asarray(w), lower, upper)
-        np.testing.assert_array_equal(oc.box(lower, upper)(w), want.astype(np.float32))
+        np.testing.assert_array_equal(oc.box(lower, upper)(w), want.astype(w.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)

@@ -72,7 +72,8 @@ def test_norms_relative_to_init(constraint, low, high):
         ratio.append(norms(float64(params), axis) / norms(float64(w), axis))
     assert np.min(ratio) >= low * (1 - 1e-6)
     assert np.max(ratio) <= high * (1 + 1e-6)
-    if low == 0 or low < high:
+    # Outward or inward, a pull of this size leads across what lies between the bounds.
+    if low < high and not isinstance(constraint, oc.MaxRMS):
         assert np.max(ratio) > np.min(ratio) * 1.01
 
 
@@ -139,7 +140,7 @@ def test_the_state_of_other_rules_is_refused():
     with pytest.raises(ValueError, match="remembers nothing of 'dense/kernel'"):
         tx.update(grads, free.init(PARAMS), PARAMS)
     shaped = oc.project({"kernel": oc.fixed_norm("init", axis=0), "bias": oc.non_neg()})
-    with pytest.raises(ValueError, match=re.escape("((1, 3), dtype('float32')) (shape, dtype)")):
+    with pytest.raises(ValueError, match=r"remembers \(\(1, 3\), dtype.*\) \(shape, dtype\) of"):
         tx.update(grads, shaped.init(PARAMS), PARAMS)
 
 
