@@ -1,7 +1,6 @@
 """Constraints that remember: where it is kept, and what it holds."""
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
