@@ -318,6 +318,14 @@ def self_test(checks: Checks, mesh: Mesh) -> None:
         checks.that(max((n for _, n in found), default=0) > UNITS, "self-test", f"{name}: {found}")
 
 
+def every_set(checks: Checks) -> None:
+    """Each exported set is in one of the groups."""
+    used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
+    for name, thing in vars(oc).items():
+        if isinstance(thing, type) and issubclass(thing, oc.Constraint):
+            checks.that(thing in used or thing is oc.Constraint, "every set", f"{name} is in none")
+
+
 def hyperparameters(checks: Checks, mesh: Mesh) -> None:
     """Numbers and arrays of which no process has all: outside jit, and as arguments of it."""
     w, _ = np.random.default_rng(0).normal(size=(2, 32, 8)).astype(np.float32)
@@ -381,6 +389,7 @@ def main() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("x", "y"))
     if groups != ["processes"]:
         self_test(checks, mesh)
+        every_set(checks)
     elif jax.process_count() == 2:
         hyperparameters(checks, mesh)
     for group in groups:

@@ -72,6 +72,7 @@ def test_eight_devices():
     check(
         report,
         "self-test",
+        "every set",
         "equality",
         "shardings",
         "donation",
