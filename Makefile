@@ -8,7 +8,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 # What depends on the dtype runs in float64, too.
 FLOAT64 := $(addprefix tests/test_,$(addsuffix .py,numerics simplex order matrix spectral \
-	elementwise combinators tangent known_answers project memory wrappers properties axes))
+	elementwise combinators tangent known_answers project memory properties))
 
 .PHONY: demo test test-floor bench mutants lint clean
 
@@ -46,4 +46,4 @@ mutants: .venv/.tests
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info
+	rm -rf .venv .venv-floor .compilation_cache build dist *.egg-info

@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def survives(module: str, source: str) -> bool:
 
 
 def main() -> None:
+    # A mutant compiles only what it changes.
+    cache = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", cache.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     parser = argparse.ArgumentParser(description="How many small breaks the tests notice.")
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE")
     parser.add_argument("--sample", type=int, help="so many mutants a module; all by default")

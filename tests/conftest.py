@@ -1,6 +1,16 @@
-"""Fixtures that several files share."""
+"""Fixtures that several files share, and a cache of compiled programs."""
+
+import os
+from pathlib import Path
 
 import pytest
+
+# Most of the time goes into compiling. What one worker or run has compiled, the next one finds.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".compilation_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from optax_constraints import _constraint
 

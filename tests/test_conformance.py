@@ -94,7 +94,7 @@ def others(value: Any) -> list[Any]:
     """Other numbers in the place of one, of which at least one is another set."""
     if isinstance(value, int):
         return [value + 1, value - 1]
-    return [value / 2, value * 2] if value else [0.25, -0.25]
+    return [value / 2, value * 8] if value else [0.25, -0.25]
 
 
 def injected(constraint: oc.Constraint) -> tuple[Any, dict[str, Any]]:
@@ -202,7 +202,8 @@ def test_steps_scans_and_accumulation(case: Case):
 
         def round(i, carry):
             carry, seen = carry
-            carry, new = jax.lax.scan(step, carry, jax.lax.dynamic_slice_in_dim(gradients, 2 * i, 2))
+            some = jax.lax.dynamic_slice_in_dim(gradients, 2 * i, 2)
+            carry, new = jax.lax.scan(step, carry, some)
             return carry, jax.lax.dynamic_update_slice_in_dim(seen, new, 2 * i, 0)
 
         return jax.lax.fori_loop(0, 2, round, ((params, state), jnp.zeros_like(gradients)))

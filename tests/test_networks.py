@@ -558,7 +558,7 @@ def check_eeg(model: Model) -> None:
     shapes = {path: w.shape for path, w in by_path(model.params).items()}
     assert shapes["spatial/kernel"] == (ELECTRODES, 1, 1, 8)
     assert shapes["depthwise/kernel"] == (1, 8, 1, 8)
-    trained = train(model, batches_of(x, y), optax.adam(0.01))
+    trained = train(model, batches_of(x, y, batch=32), optax.adam(0.01))
     assert np.mean(trained.losses[-20:]) < 0.7 * np.mean(trained.losses[:5])
     assert accuracy(model, trained, test_x, test_y) > 0.9
     check_at_bound(trained.params, EEG_LIMITS)
