@@ -318,6 +318,46 @@ def self_test(checks: Checks, mesh: Mesh) -> None:
         checks.that(max((n for _, n in found), default=0) > UNITS, "self-test", f"{name}: {found}")
 
 
+def explicit_axes(checks: Checks) -> None:
+    """Each set on a mesh of the type that `jax.make_mesh` makes, as on one device."""
+    sets, places, weights = {}, {}, {}
+    rng = np.random.default_rng(0)
+    for group in (group for group in GROUPS if group != "processes"):
+        for name, constraint in GROUPS[group][0].items():
+            shape, places[name] = next(iter(leaves_of(group, name).values()))
+            weights[name] = rng.normal(size=shape).astype(np.float32)
+            sets[name] = constraint
+    sets["stacked"] = oc.stacked(oc.orthogonal())
+    shape, places["stacked"] = MATRICES["stack and out"]
+    weights["stacked"] = rng.normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def step(params, bound):
+        rules = {f"/{name}": c for name, c in sets.items()}
+        rules["/max_spectral_norm"] = oc.max_spectral_norm(bound)
+        tx = optax.chain(optax.sgd(0.1), oc.project(rules))
+        updates, _ = tx.update(params, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    want = step(weights, 0.7)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params = {name: put(w, mesh, places[name]) for name, w in weights.items()}
+        bound = put(np.float32(0.7), mesh, P())
+        got = step(params, bound)
+        checks.close("explicit axes", "others", got, want)
+        for name, w in got.items():
+            same = w.sharding.is_equivalent_to(params[name].sharding, w.ndim)
+            checks.that(same, "explicit axes", f"{name} is now {w.sharding}")
+        # What says which matrices are at their bound takes products, too.
+        reported = ("monotone", "part", "max_spectral_norm", "nuclear_norm_ball", "orthogonal")
+        rules = {f"/{name}": sets[name] for name in reported}
+        rules["/max_spectral_norm"] = oc.max_spectral_norm(bound)
+        params = {name: got[name] for name in reported}
+        for row in oc.report(oc.constrain(params, rules), rules).rows:
+            checks.that(row.at_bound and (row.outside or 0) < 1e-5, "explicit axes", str(row))
+
+
 def every_set(checks: Checks) -> None:
     """Each exported set is in one of the groups."""
     used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
@@ -390,6 +430,8 @@ def main() -> None:
     if groups != ["processes"]:
         self_test(checks, mesh)
         every_set(checks)
+        if hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7
+            explicit_axes(checks)
     elif jax.process_count() == 2:
         hyperparameters(checks, mesh)
     for group in groups:

@@ -79,6 +79,7 @@ def test_eight_devices():
         "compilations",
         "collectives",
         "constrain and violations",
+        *(["explicit axes"] if hasattr(jax.sharding, "auto_axes") else []),
     )
     # One group of sets for each of these.
     assert report["passed"]["donation"] == len(report["worst"]) == 5

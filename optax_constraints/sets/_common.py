@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._axes import (
@@ -18,6 +19,7 @@ from optax_constraints._axes import (
     settle_axis,
 )
 from optax_constraints._constraint import Constraint
+from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe
 from optax_constraints.sets.combinators import Stacked
 
@@ -66,9 +68,31 @@ class MatrixSet(Constraint):
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one matrix, or each matrix of an array; computes in float32 or wider."""
-        w = jnp.asarray(w)
+        return self._anywhere(type(self)._whole, jnp.asarray(w))
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """Which matrices of an allowed array lie on the boundary of the set, one bool each."""
+        return self._anywhere(type(self)._touches, w, PartitionSpec())
+
+    def _anywhere(self, method: Any, w: jax.Array, spec: PartitionSpec | None = None) -> Any:
+        """`method(self, w)`, also on a mesh with Explicit axes, where arrays have to go along."""
+        if not explicit_axes(w):
+            return method(self, w)
+        this = cast(Any, self)
+        values = {f.name: getattr(this, f.name) for f in dataclasses.fields(this)}
+        arrays = {name: v for name, v in values.items() if isinstance(v, jax.Array)}
+        return automatic(
+            lambda w, arrays: method(dataclasses.replace(this, **arrays), w), w, arrays, spec=spec
+        )
+
+    def _whole(self, w: jax.Array) -> jax.Array:
         matrices, restore = self._matrices(w)
         return restore(self._project(matrices)).astype(w.dtype)
+
+    def _touches(self, w: jax.Array) -> jax.Array | None:
+        """What `on_bound` says."""
+        del w
+        return None
 
     def _project(self, a: jax.Array) -> jax.Array:
         """Projects matrices (..., rows, columns) in float32 or float64."""

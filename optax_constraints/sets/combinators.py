@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._axes import (
@@ -29,6 +30,7 @@ from optax_constraints._constraint import (
     number,
     value,
 )
+from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
 
 
@@ -260,23 +262,38 @@ class Part(_Around):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects the part of one array."""
         w = jnp.asarray(w)
+        return self._with(w, self.constraint(self._of(w)))
+
+    def _of(self, w: jax.Array) -> jax.Array:
+        """The part of one array."""
         index = self._index("", w.shape)
-        return w.at[index].set(self.constraint(w[index]))
+        if not explicit_axes(w):
+            return w[index]
+        # Axes that the part has whole stay as they are sharded.
+        gone = _dropped_axes(index, w.ndim)
+        sizes = drop_axes(w.shape, gone)
+        spec = drop_axes(jax.typeof(w).sharding.spec, gone)
+        part = _part_shape(w.shape, index)
+        kept = (s if n == m else None for s, n, m in zip(spec, sizes, part, strict=True))
+        return automatic(lambda w: w[index], w, spec=PartitionSpec(*kept))
+
+    def _with(self, w: jax.Array, part: jax.Array) -> jax.Array:
+        """One array with another part."""
+        index = self._index("", w.shape)
+        return automatic(lambda w, part: w.at[index].set(part), w, part)
 
     def remember(self, w: jax.Array) -> Any:
         """What the constraint inside remembers of the part."""
-        return self.constraint.remember(w[self._index("", w.shape)])
+        return self.constraint.remember(self._of(w))
 
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects the part with the help of what is remembered of it."""
-        index = self._index("", w.shape)
-        part, memory = self.constraint.advance(w[index], memory)
-        return w.at[index].set(part), memory
+        part, memory = self.constraint.advance(self._of(w), memory)
+        return self._with(w, part), memory
 
     def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
         """The tangent part of the part; the rest is free."""
-        index = self._index("", w.shape)
-        return v.at[index].set(self.constraint.tangent(w[index], v[index]))
+        return self._with(v, self.constraint.tangent(self._of(w), self._of(v)))
 
     def _index(self, path: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
         index = _parse_index(self.index)
@@ -310,7 +327,7 @@ class Part(_Around):
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of the part lie on the boundary."""
-        return self.constraint.on_bound(w[self._index("", w.shape)])
+        return self.constraint.on_bound(self._of(w))
 
 
 def _index_text(index: Any) -> str:

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint, check_number, number, value
+from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
 
@@ -249,7 +250,7 @@ class Mask(_Elementwise):
 def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
     """Zeros, except that a NaN stays, and so does a zero of either sign: but its derivative."""
     kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), jax.lax.stop_gradient(w))
-    return jnp.where(zero, kept, w)
+    return automatic(lambda w, zero, kept: jnp.where(zero, kept, w), w, zero, kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets._common import MatrixSet, widen
 from optax_constraints.sets.combinators import Stacked
@@ -158,7 +159,7 @@ class PositiveSemidefinite(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _project_positive(a, value(self.min_eigenvalue, a.dtype)) if a.size else a
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose smallest eigenvalue is the bound, up to rounding."""
         a, _ = self._matrices(w)
         if not a.size:
@@ -316,7 +317,7 @@ class DoublyStochastic(MatrixSet):
         a = a - jnp.mean(a, axis=-1, keepdims=True)
         return restore(a - jnp.mean(a, axis=-2, keepdims=True)).astype(v.dtype)
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
         return w <= 0
 
@@ -527,7 +528,7 @@ class Radial(Constraint):
         _check_window(None, w.shape)
         if not w.size:
             return w
-        return _mean_of_rings(wide).astype(w.dtype)
+        return automatic(_mean_of_rings, wide).astype(w.dtype)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None

@@ -11,10 +11,12 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import UnitSet
 
@@ -95,12 +97,17 @@ class Monotone(_LineSet):
         if not w.size:
             return w
         sign = 1 if self.increasing else -1
-        return (sign * _sorted(sign * wide, axis)).astype(w.dtype)
+        target = automatic(lambda w: _sorted(w, axis), sign * wide)
+        return (sign * target).astype(w.dtype)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal neighbours."""
         axis = self._check(None, w.shape, self._widen(w)[1])
-        return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+
+        def tied(w: jax.Array) -> jax.Array:
+            return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+
+        return automatic(tied, w, spec=PartitionSpec())
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.

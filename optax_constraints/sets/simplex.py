@@ -83,7 +83,7 @@ def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ..
         return threshold, rest, now, done | (now >= active) | (excess <= 0)
 
     none = jnp.zeros_like(threshold)
-    more = jnp.full(threshold.shape, _size(x, axis) + 1, jnp.int32)
+    more = jnp.full_like(threshold, _size(x, axis) + 1, jnp.int32)
     # The last step's correction stays apart: added to the threshold, it would round away.
     threshold, rest, _, _ = lax.while_loop(
         lambda state: ~jnp.all(state[-1]), step, (threshold, none, more, free)

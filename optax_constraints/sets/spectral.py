@@ -76,7 +76,7 @@ class Orthogonal(MatrixSet):
             return jnp.swapaxes(_orthogonal(jnp.swapaxes(a, -1, -2), scale), -1, -2)
         return _orthogonal(a, scale)
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _touches(self, w: jax.Array) -> jax.Array:
         """All matrices but those of zeros."""
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
 
@@ -123,7 +123,7 @@ class MaxSpectralNorm(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose largest singular value is the bound, up to rounding."""
         a, _ = self._matrices(w)
         low = value(self.max_value, a.dtype) * (1 - 2 * (_numerics.eps(w.dtype) + _tolerance(a)))
@@ -168,7 +168,7 @@ class NuclearNormBall(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_threshold, a, value(self.radius, a.dtype)) if a.size else a
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose singular values sum to the bound, up to rounding."""
         a, _ = self._matrices(w)
         down = _down(a)
