@@ -180,8 +180,6 @@ def check_memory(memory: Any, bound: list[Bound], leaves: list[Any]) -> None:
     want: Any = ()
     if any(b.constraint is not None and b.constraint.remembers for b in bound):
         want = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
-    elif not isinstance(memory, Mapping) or not leaves:
-        return
     have = dict(memory) if isinstance(memory, Mapping) else {}
     for path in sorted({*have, *want}):
         if path not in want:

@@ -260,7 +260,10 @@ def test_one_matrix_of_many_does_not_wait_for_the_others():
 
 
 def test_on_bound_are_the_zeros():
-    assert np.asarray(DoublyStochastic().on_bound(jnp.eye(2))).tolist() == [[False, True], [True, False]]
+    assert np.asarray(DoublyStochastic().on_bound(jnp.eye(2))).tolist() == [
+        [False, True],
+        [True, False],
+    ]
 
 
 # Rings.

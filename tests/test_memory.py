@@ -1,5 +1,6 @@
 """Constraints that remember: where it is kept, and what it holds."""
 
+import dataclasses
 import json
 
 import jax
@@ -40,7 +41,41 @@ def test_the_state_has_the_norms_at_init_by_path():
 
 
 def test_without_memory_the_state_is_one_count():
-    assert jax.tree.leaves(oc.project({"bias": oc.non_neg()}).init(PARAMS)) == [0]
+    assert oc.project({"bias": oc.non_neg()}).init(PARAMS) == oc.ProjectState(jnp.int32(0), ())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Highest(oc.Constraint):
+    """A user's own set that moves: no entry falls below the largest so far, less 1."""
+
+    remembers = True
+
+    def __call__(self, w):
+        return self.advance(w, self.remember(w))[0]
+
+    def remember(self, w):
+        return jnp.max(w)
+
+    def advance(self, w, memory):
+        memory = jnp.maximum(memory, jnp.max(w))
+        return jnp.maximum(w, memory - 1), memory
+
+
+def test_what_is_remembered_may_change():
+    params = {"w": jnp.array([0.0, 1.0]), "free": jnp.zeros(2)}
+    tx = oc.project({"w": Highest()})
+    state = tx.init(params)
+    for update, highest, want in [
+        ([0.0, 4.0], 5, [4, 5]),
+        ([-9.0, -9.0], 5, [4, 4]),
+        ([5.0, 0.0], 9, [9, 8]),
+    ]:
+        updates = {"w": jnp.array(update), "free": jnp.ones(2)}
+        updates, state = jax.jit(tx.update)(updates, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(params["w"], want)
+        assert state.memory == {"w": highest}
+    assert np.all(oc.constrain({"w": jnp.zeros(2)}, {"w": Highest()}, state=state)["w"] == 8)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,16 @@ def test_vmap_equals_a_loop(case: Case):
 # Norms, on the CPU and as other backends take them.
 
 
+def test_norms_are_taken_in_float32_or_wider():
+    for dtype, want in {
+        jnp.bfloat16: jnp.float32,
+        jnp.float16: jnp.float32,
+        jnp.float32: jnp.float32,
+        jnp.float64: jnp.float64,
+    }.items():
+        assert _numerics.compute_dtype(dtype) == jnp.dtype(want)
+
+
 def _on_accelerators(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     return _numerics._three_range_norm(x, _numerics.sum_of_squares(x, axis), axis)
 

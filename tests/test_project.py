@@ -55,6 +55,16 @@ def test_updates_of_free_leaves_are_passed_on():
     assert new["Dense_0"]["kernel"] is updates["Dense_0"]["kernel"]
 
 
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode()], ids=str)
+def test_an_update_that_is_not_there_stays_so(absent):
+    tx = oc.project({"w": oc.non_neg(), "b": oc.non_neg()})
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    updates = {"w": absent, "b": jnp.full(2, -3.0)}
+    new, _ = tx.update(updates, tx.init(params), params)
+    assert new["w"] is absent
+    np.testing.assert_array_equal(new["b"], [-1, -1])
+
+
 def test_without_updates_allowed_weights_stay_to_the_bit():
     params = oc.constrain(make_params(), RULES)
     tx = oc.project(RULES)
@@ -132,6 +142,7 @@ def test_constrain_and_violations_agree_with_the_step_of_project():
         distance = oc.violations(params, rules, step=step)["w"]
         np.testing.assert_allclose(distance, 200 - bound, rtol=1e-6)
     np.testing.assert_allclose(norms(float64(oc.constrain(params, rules)["w"]), 0), 8, rtol=1e-6)
+    np.testing.assert_allclose(oc.violations(params, rules)["w"], 192, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
