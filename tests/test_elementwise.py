@@ -66,6 +66,15 @@ def test_box_at_its_bounds():
     np.testing.assert_array_equal(on, [[True, False], [True, True]])
 
 
+def test_entries_that_are_held_at_zero_are_at_their_bound():
+    w = jnp.array([[1.0, 0.0], [2.0, 3.0]])
+    np.testing.assert_array_equal(oc.non_neg().on_bound(w), [[False, True], [False, False]])
+    np.testing.assert_array_equal(oc.mask([1, 0]).on_bound(w), [[False, True], [False, True]])
+    np.testing.assert_array_equal(
+        oc.zero_diagonal().on_bound(w[None]), [[[True, False], [False, True]]]
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

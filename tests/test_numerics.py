@@ -1,5 +1,7 @@
 """What a constraint promises, one test for each promise."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,13 @@ def test_every_exported_set_has_a_case():
         if isinstance(thing, type) and issubclass(thing, oc.Constraint)
     }
     assert {type(case.constraint) for case in CASES} == exported - {oc.Constraint}
+
+
+@each_case
+def test_sets_do_not_change(case: Case):
+    for name in ("axis", *(f.name for f in dataclasses.fields(case.constraint))):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(case.constraint, name, None)
 
 
 @each_case

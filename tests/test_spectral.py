@@ -245,21 +245,40 @@ def test_no_violation_is_missed(over):
         assert (bits(got) == bits(w)) == (over == 0)
 
 
-def test_what_is_allowed_is_told_without_a_decomposition(monkeypatch):
-    calls, plain = [], spectral._svd
+def test_decompositions_are_taken_only_where_needed(monkeypatch):
+    calls = []
 
-    def counted(a):
-        jax.debug.callback(lambda: calls.append(1))
-        return plain(a)
+    def counted(name, plain):
+        def called(*args):
+            jax.debug.callback(lambda: calls.append(name))
+            return plain(*args)
 
-    monkeypatch.setattr(spectral, "_svd", counted)
+        return called
+
+    for name in ("_clip_nearby", "_svd"):
+        monkeypatch.setattr(spectral, name, counted(name, getattr(spectral, name)))
     jax.clear_caches()
     w = with_singular_values(12, 8, np.linspace(0.999, 0.1, 8))
-    for scale, expected in ((1, 0), (1.01, 1)):
+    for scale, expected in ((1, []), (1.2, ["_clip_nearby"]), (1.3, ["_clip_nearby", "_svd"])):
         jax.block_until_ready(MaxSpectralNorm()(w * scale))
         jax.effects_barrier()
-        assert len(calls) == expected
+        assert calls == expected
+        calls.clear()
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)], ids=str)
+def test_near_the_bound_and_far_from_it(shape):
+    s = np.linspace(1, 0, 60) ** 2
+    scales = (0.9, 1.0001, 1.01, 1.24, 1.26, 8.0)
+    w = jnp.stack([with_singular_values(*shape, s * scale, seed=3) for scale in scales])
+    got = MaxSpectralNorm()(w)
+    for one, out in zip(float64(w), float64(got), strict=True):
+        u, values, vt = np.linalg.svd(one, full_matrices=False)
+        want = (u * np.minimum(values, 1)) @ vt
+        np.testing.assert_allclose(out, want, rtol=0, atol=4 * EPS * max(1, values[0]))
+    assert bits(got[0]) == bits(w[0])
+    assert bits(MaxSpectralNorm()(got)) == bits(got)
 
 
 def test_a_decomposition_that_fails_is_taken_again(monkeypatch):

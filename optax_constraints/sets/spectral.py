@@ -90,7 +90,9 @@ class MaxSpectralNorm(MatrixSet):
 
     Whether a matrix is allowed is told for sure, by a Cholesky decomposition of
     ``max_value^2 I - W^T W``, which exists just for those matrices: one matrix product and a
-    sixth of another. Only where that fails a singular value decomposition follows.
+    sixth of another. Where that fails, the eigenvectors of ``W^T W`` follow, in half of the time
+    of a singular value decomposition; that is taken only where a singular value is above 1.25
+    times the bound, as before the first step.
 
     It bounds the Lipschitz constant of a dense layer: H. Gouk et al., "Regularisation of
     neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who divide
@@ -450,16 +452,45 @@ class _Truncate(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
     """Matrices with new singular values, decomposed only if one of them needs it."""
-    known = _surely_inside(a, bound) if spectrum is _clip else jnp.zeros(a.shape[:-2], bool)
+    down = _down(a)
 
-    def changed(a):
-        down = _down(a)
+    def decomposed(carry):
+        known, a = carry
         factors = _svd(a * down)
         new = spectrum(factors.s, bound * down[..., 0], _tolerance(a))
         allowed = (known | new.allowed)[..., None, None]
-        return jnp.where(allowed, a, _compose(factors, new.s) / down)
+        return jnp.ones_like(known), jnp.where(allowed, a, _compose(factors, new.s) / down)
 
-    return _once(lambda _: ~jnp.all(known), changed, a)
+    def open(carry):
+        return ~jnp.all(carry[0])
+
+    if spectrum is not _clip:
+        return decomposed((jnp.zeros(a.shape[:-2], bool), a))[1]
+
+    def nearly(carry):
+        known, a = carry
+        near, clipped = _clip_nearby(a * down, bound * down)
+        done = known | near
+        return done, jnp.where((done & ~known)[..., None, None], clipped / down, a)
+
+    inside = _surely_inside(a, bound), a
+    return _once(open, decomposed, _once(open, nearly, inside))[1]
+
+
+def _clip_nearby(a: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Matrices whose largest singular value is not far above the bound, with it clipped.
+
+    The eigenvectors of ``A^T A`` take half of the time of a singular value decomposition. Its
+    eigenvalues lose what is small, but not what is near the bound, and the rounding of a vector
+    counts by the share that is taken off along it.
+    """
+    wide = a.shape[-2] < a.shape[-1]
+    squares, v = jnp.linalg.eigh(_gram(a), symmetrize_input=False)
+    s = jnp.sqrt(jnp.maximum(squares, 0))[..., None, :]
+    share = jnp.where(s > bound * (1 + _tolerance(a)), 1 - bound / jnp.maximum(s, bound), 0)
+    vt = jnp.swapaxes(v, -1, -2)
+    over = _matmul(v * share, _matmul(vt, a)) if wide else _matmul(_matmul(a, v) * share, vt)
+    return s[..., 0, -1] <= 1.25 * bound[..., 0, 0], a - over
 
 
 @_composed.defjvp
