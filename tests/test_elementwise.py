@@ -71,7 +71,7 @@ def test_entries_that_are_held_at_zero_are_at_their_bound():
     np.testing.assert_array_equal(oc.non_neg().on_bound(w), [[False, True], [False, False]])
     np.testing.assert_array_equal(oc.mask([1, 0]).on_bound(w), [[False, True], [False, True]])
     np.testing.assert_array_equal(
-        oc.zero_diagonal().on_bound(w[None]), [[[True, False], [False, True]]]
+        oc.zero_diagonal().on_bound(w[None, None]), [[[[True, False], [False, True]]]]
     )
 
 
@@ -164,10 +164,17 @@ def test_masks_show_their_shape():
     assert str(oc.mask(np.tri)) == "Mask(tri)"
 
 
-def test_zero_diagonal_needs_squares():
-    message = "ZeroDiagonal on 'w' of shape (2, 3): the last two axes are not a square matrix"
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 3, 2), (2, 2, 3)], ids=str)
+def test_zero_diagonal_needs_squares(shape):
+    message = f"ZeroDiagonal on 'w' of shape {shape}: the last two axes are not a square matrix"
     with pytest.raises(ValueError, match=re.escape(message)):
-        oc.constrain({"w": jnp.ones((2, 3))}, {"w": oc.zero_diagonal()})
+        oc.constrain({"w": jnp.ones(shape)}, {"w": oc.zero_diagonal()})
+
+
+def test_zero_diagonal_of_one_matrix_and_of_several():
+    for shape in ((2, 2), (3, 2, 2), (3, 1, 2, 2)):
+        out = oc.constrain({"w": jnp.ones(shape)}, {"w": oc.zero_diagonal()})["w"]
+        np.testing.assert_array_equal(out, np.broadcast_to([[0, 1], [1, 0]], shape))
 
 
 # Grid.
