@@ -66,6 +66,10 @@ def test_box_at_its_bounds():
     np.testing.assert_array_equal(on, [[True, False], [True, True]])
 
 
+def test_a_box_may_be_a_point():
+    np.testing.assert_array_equal(oc.box(1.0, 1.0)(jnp.array([0.0, 2.0])), [1, 1])
+
+
 def test_entries_that_are_held_at_zero_are_at_their_bound():
     w = jnp.array([[1.0, 0.0], [2.0, 3.0]])
     np.testing.assert_array_equal(oc.non_neg().on_bound(w), [[False, True], [False, False]])
@@ -238,3 +242,25 @@ def test_grids_of_one_value_and_of_extreme_ones(values):
     want = np.sort(values)
     assert np.all(np.isfinite(out))
     np.testing.assert_allclose(out[[0, -1]], want[[0, -1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_grids_at_the_ends_of_the_range_of_a_dtype(dtype):
+    most, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
+    w = jnp.array([most, 1.0, 0.0, -most], dtype)
+    near = oc.grid([most, most * 0.9, 0])(w)
+    np.testing.assert_allclose(float64(near), [most, 0, 0, 0], rtol=2 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(float64(oc.grid([2 * tiny, 0])(w)), [2 * tiny, 2 * tiny, 0, 0])
+    np.testing.assert_array_equal(float64(oc.grid([tiny / 4])(w)), 0)
+    if dtype != jnp.float64:
+        message = f"Grid: {3 * most:g} is beyond the range of {jnp.dtype(dtype)}, which ends at"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            oc.grid([-3 * most, 1])(w)
+
+
+def test_a_grid_of_many_values_is_searched():
+    def size(n):
+        return len(jax.make_jaxpr(oc.grid(np.arange(n)))(jnp.ones(3)).eqns)
+
+    assert size(20) > size(10)
+    assert size(1000) == size(100) < size(33)

@@ -366,17 +366,33 @@ def test_nan_passes_through_an_elementwise_update():
     np.testing.assert_array_equal(optax.apply_updates(params, updates), [np.nan, 1.0])
 
 
-# The update of MaxNorm, which does without the second pass.
+# The update of norms, which does without the second pass.
 
 
 @each_dtype
-def test_the_update_of_max_norm_is_that_of_its_projection(dtype):
-    constraint = oc.max_norm(1.0)
+@pytest.mark.parametrize(
+    "constraint",
+    [oc.max_norm(1.0), oc.max_rms(0.3), oc.min_max_norm(0.2, 0.4), oc.unit_norm(axis=1)],
+    ids=str,
+)
+def test_the_update_of_a_norm_is_that_of_its_projection(dtype, constraint):
     params, updates = weights(0.5, dtype), weights(dtype=dtype, seed=1)
     got, *_ = constraint.update(params, updates)
     want, *_ = oc.Constraint.update(constraint, params, updates)
     assert got.dtype == want.dtype
     np.testing.assert_allclose(float64(got), float64(want), rtol=0, atol=4 * eps(dtype))
+
+
+def test_leaves_take_turns():
+    # XLA's CPU backend would keep the candidates of all leaves at once.
+    w, empty = weights(), jnp.zeros((3, 0), WIDEST)
+    *_, after = oc.max_norm(1.0).update(w, w)
+    assert after is not None
+    assert after.shape == ()
+    assert oc.max_norm(1.0).update(empty, empty, after=after)[-1] is after
+    program = jax.make_jaxpr(lambda after: oc.max_norm(1.0).update(w, w, after=after)[0])(after)
+    (turn,) = program.jaxpr.invars
+    assert any(turn in eqn.invars for eqn in program.eqns)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)

@@ -1,6 +1,7 @@
 """Sets in which each entry is bounded by itself: exact in every dtype."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -318,7 +319,8 @@ class Grid(_Elementwise):
 
     Raises:
         TypeError: If `values` is not an array of numbers.
-        ValueError: If it is empty, has more than one axis, or holds a NaN or an infinity.
+        ValueError: If it is empty, has more than one axis, or holds a NaN or an infinity; on a
+            leaf of a dtype whose range ends below a value.
 
     Example:
         >>> import jax.numpy as jnp
@@ -345,12 +347,19 @@ class Grid(_Elementwise):
 
     def _in_dtype(self, dtype: Any) -> np.ndarray:
         """The values that an update can reach exactly."""
-        largest = max(abs(v) for v in self.values)
-        if not largest:
+        largest, info = max(abs(v) for v in self.values), jnp.finfo(dtype)
+        end, tiny = float(info.max), float(info.tiny)
+        if largest > end:
+            raise ValueError(
+                f"Grid: {largest:g} is beyond the range of {jnp.dtype(dtype)}, which ends at "
+                f"{end:g}; write smaller values, or leave this leaf free."
+            )
+        if largest < tiny:
             return np.zeros(1)
-        # Above half the range of the dtype nothing is left for the power of two above.
-        spacing = 2.0 ** np.ceil(np.log2(largest)) * _numerics.eps(dtype)
-        return np.unique(np.clip(np.round(np.array(self.values) / spacing), -1e18, 1e18)) * spacing
+        spacing = 2.0 ** (math.ceil(math.log2(largest)) + round(math.log2(float(info.eps))))
+        # The power of two above the largest may itself be beyond the range.
+        most = end - end % spacing
+        return np.unique(np.round(np.clip(self.values, -most, most) / spacing)) * spacing
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array of any shape."""
@@ -361,7 +370,7 @@ class Grid(_Elementwise):
             )
         dtype = _numerics.compute_dtype(w.dtype)
         values = self._in_dtype(w.dtype)
-        middle = ((values[1:] + values[:-1]) / 2).astype(dtype)
+        middle = (values[1:] / 2 + values[:-1] / 2).astype(dtype)
         # A weight in the middle goes to the smaller magnitude: below zero that is up.
         below = np.minimum(np.nextafter(middle, dtype.type(-np.inf)), -np.finfo(dtype).tiny)
         middle = np.where(middle > 0, middle, below)
