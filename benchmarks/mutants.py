@@ -36,7 +36,13 @@ NORMS = "(Norm or RMS) and not Soft and not Part and not Compose and not Interse
 ELEMENTWISE = "NonNeg or Box or Mask or ZeroDiagonal or Grid"
 TESTS = {
     "_axes": ["test_axes.py", "test_layout.py"],
-    "_rules": ["test_rules.py", "test_trees.py", "test_report.py"],
+    "_rules": [
+        "test_rules.py",
+        "test_trees.py",
+        "test_report.py",
+        "test_layout.py",
+        "test_memory.py",
+    ],
     "_project": [
         "test_project.py",
         "test_memory.py",

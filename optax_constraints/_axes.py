@@ -2,11 +2,10 @@
 
 import functools
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from optax_constraints._text import describe, shown
+from optax_constraints._text import describe, shown, warn
 
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
 
@@ -117,7 +116,7 @@ def settle_axis(
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 def drop_axes(values: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ import difflib
 import fnmatch
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -20,7 +19,7 @@ from optax_constraints._constraint import (
     as_constraint,
     is_builtin,
 )
-from optax_constraints._text import describe
+from optax_constraints._text import describe, warn
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
 Pattern: TypeAlias = str | re.Pattern[str] | Predicate
@@ -149,10 +148,9 @@ class Binder:
             if i not in matched:
                 raise ValueError(_unmatched(rule, paths))
             if i not in won:
-                warnings.warn(
+                warn(
                     f"The rule {rule} does nothing: an earlier rule matches each of its leaves "
-                    "first. Put the more specific rule first.",
-                    stacklevel=5,
+                    "first. Put the more specific rule first."
                 )
 
 

@@ -1,4 +1,8 @@
-"""How errors show what was given."""
+"""What errors show of what was given, and where warnings point."""
+
+import itertools
+import sys
+import warnings
 
 
 def shown(value: object) -> str:
@@ -13,3 +17,13 @@ def shown(value: object) -> str:
 def describe(path: str | None, shape: tuple[int, ...]) -> str:
     """A leaf: its path, where there is one, and its shape."""
     return f"{path!r} of shape {shape}" if path else f"an array of shape {shape}"
+
+
+def warn(text: str) -> None:
+    """Warns at the line that called this library, be it through Optax, JAX or Flax."""
+    frame = sys._getframe(1)
+    for level in itertools.count(2):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("optax_constraints", "optax", "jax", "flax") or frame.f_back is None:
+            return warnings.warn(text, stacklevel=level)
+        frame = frame.f_back

@@ -88,8 +88,9 @@ def test_the_report_shows_the_layer():
 def test_an_axis_that_contradicts_the_layout_warns_once():
     rules = {"stem/kernel": oc.max_norm(1.0)}
     message = r"'stem/kernel' of shape .*axis=0 .* this Conv run, which is axis=\(0, 1, 2\)"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as warned:
         out = oc.constrain(PARAMS, rules, layout=LAYOUT)
+    assert {w.filename for w in warned} == {__file__}
     np.testing.assert_array_less(norms(float64(out["stem"]["kernel"]), 0), 1 + 1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -183,6 +183,23 @@ def test_a_rule_behind_others_warns_and_does_not_raise():
         oc.project([("kernel", None), ("Dense_0/kernel", "non_neg")]).init(PARAMS)
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda rules: oc.constrain(PARAMS, rules),
+        lambda rules: oc.violations(PARAMS, rules),
+        lambda rules: oc.report(PARAMS, rules),
+        lambda rules: jax.jit(oc.constrain, static_argnums=1)(PARAMS, rules),
+        lambda rules: optax.chain(optax.sgd(0.1), oc.project(rules)).init(PARAMS),
+    ],
+    ids=["constrain", "violations", "report", "jit", "chain"],
+)
+def test_warnings_point_at_the_line_of_the_caller(verb):
+    with pytest.warns(UserWarning, match="does nothing") as warned:
+        verb((("kernel", oc.max_norm(1.0)), ("Dense_0/kernel", None)))
+    assert {w.filename for w in warned} == {__file__}
+
+
 def test_a_rule_that_wins_one_leaf_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
