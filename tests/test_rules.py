@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 import warnings
 from typing import Any
 
@@ -347,6 +348,10 @@ def test_unmatched_rule_names_the_nearest_paths_first():
         oc.project({"kernal": "non_neg"}).init(
             {"encoder": {"attention": {"kernel": _zeros(2)}}, "nal": {"b": _zeros(2)}}
         )
+    with pytest.raises(ValueError, match="closest paths are 'x/y/attention/kernel', 'attention/b'"):
+        oc.project({"attention/kernal": "non_neg"}).init(
+            {"x": {"y": {"attention": {"kernel": _zeros(2)}}}, "attention": {"b": _zeros(2)}}
+        )
 
 
 @pytest.mark.parametrize(
@@ -643,3 +648,22 @@ def test_paths_that_are_not_shown_are_counted(leaves):
         oc.project({"kernel": oc.non_neg()}).init(params)
     assert ("more. Write" in str(error.value)) == (leaves > 5)
     assert leaves <= 5 or "and 1 more" in str(error.value)
+
+
+def test_a_function_is_tried_once_for_each_shape():
+    shapes = []
+
+    def own(w):
+        shapes.append(w.shape)
+        return w
+
+    oc.project(own).init({"a": _zeros(3), "b": _zeros(3), "c": _zeros(2, 3)})
+    assert shapes == [(3,), (2, 3)]
+
+
+@pytest.mark.parametrize("attribute", ["shape", "dtype"])
+def test_leaves_that_only_look_like_arrays(attribute):
+    params = {"kernel": _zeros(3), "odd": types.SimpleNamespace(**{attribute: ()})}
+    assert set(assigned({"kernel": "non_neg"}, params)) == {"kernel"}
+    with pytest.raises(TypeError, match=r"'odd' \(SimpleNamespace\), and only floating-point"):
+        oc.project({"odd": "non_neg"}).init(params)
