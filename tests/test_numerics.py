@@ -119,7 +119,7 @@ def test_what_was_projected_is_allowed_to_the_bit(case: Case, jit):
     # In float32 or float64, where storing the result does not round any further.
     project = jax.jit(case.constraint) if jit else case.constraint
     for seed in range(20):
-        once = project(weights(2.0, seed=seed, shape=case.shape))
+        once = project(weights((2.0, 0.02)[seed % 2], seed=seed, shape=case.shape))
         assert bits(project(once)) == bits(once)
 
 
