@@ -54,7 +54,7 @@ TESTS = {
     "sets.norm": [
         "test_memory.py",
         "test_project.py",
-        f"test_numerics.py -k {NORMS}",
+        f"test_numerics.py -k {NORMS} or test_the_update or turns",
         "test_report.py",
         "test_tangent.py -k Norm or every_kind",
     ],

@@ -286,7 +286,7 @@ def _settle(
         )
     shape, dtype = known
     constraint = rule.constraint.settle(path, shape, layout)
-    key = id(rule.constraint), shape, dtype
+    key = id(rule.constraint), shape, dtype, layout
     if not is_builtin(constraint) and key not in checked:
         checked.add(key)
         _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))

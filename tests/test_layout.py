@@ -209,3 +209,17 @@ def test_a_stack_serialises():
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_what_a_layout_makes_of_a_constraint_is_tried_for_each_layout():
+    class Own(oc.Constraint):
+        def settle(self, path, shape, layout=None):
+            rows = 2 if layout and layout.stacked else 3
+            return oc.Stacked(lambda w: w[:rows])
+
+        def __call__(self, w, /):
+            return jnp.asarray(w)
+
+    layout = {"a": LeafLayout("Dense", (0,)), "b": LeafLayout("Dense", (1,), stacked=(0,))}
+    with pytest.raises(ValueError, match=r"on 'b' of shape \(3, 3\) returned shape \(3, 2\)"):
+        oc.constrain({"a": leaf(3, 3), "b": leaf(3, 3)}, Own(), layout=layout)
