@@ -57,11 +57,14 @@ TESTS = {
         f"test_numerics.py -k {NORMS} or test_the_update or turns",
         "test_report.py",
         "test_tangent.py -k Norm or every_kind",
+        "test_configs.py -k equal or identity",
+        "test_keras_parity.py -k defaults",
     ],
     "sets.elementwise": [
         "test_elementwise.py",
         f"test_numerics.py -k {ELEMENTWISE}",
         "test_tangent.py -k Mask or Zero or every_kind",
+        "test_configs.py -k equal or identity",
         "test_report.py",
     ],
 }

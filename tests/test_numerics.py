@@ -1,6 +1,7 @@
 """What a constraint promises, one test for each promise."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,18 @@ def test_what_was_projected_is_allowed_to_the_bit(case: Case, jit):
     for seed in range(20):
         once = project(weights((2.0, 0.02)[seed % 2], seed=seed, shape=case.shape))
         assert bits(project(once)) == bits(once)
+
+
+@each_case
+def test_convex_says_whether_points_between_two_are_inside(case: Case):
+    points = [
+        float64(case.constraint(weights((2.0, 0.05)[seed % 2], seed=seed, shape=case.shape)))
+        for seed in range(4)
+    ]
+    outside = [np.max(case.outside((a + b) / 2)) for a, b in itertools.combinations(points, 2)]
+    # Compose makes no claim.
+    convex = case.constraint.convex or type(case.constraint) is oc.Compose
+    assert (max(outside) < 1e-6) == convex
 
 
 @each_case
@@ -381,6 +394,12 @@ def test_the_update_of_a_norm_is_that_of_its_projection(dtype, constraint):
     want, *_ = oc.Constraint.update(constraint, params, updates)
     assert got.dtype == want.dtype
     np.testing.assert_allclose(float64(got), float64(want), rtol=0, atol=4 * eps(dtype))
+
+
+def test_the_root_mean_square_of_one_entry_is_its_size():
+    np.testing.assert_array_equal(
+        oc.max_rms(0.5, axis=0)(jnp.array([[3.0, -0.25]])), [[0.5, -0.25]]
+    )
 
 
 def test_leaves_take_turns():

@@ -1,5 +1,7 @@
 """The table that people read."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +79,22 @@ def test_units_at_either_bound():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_projected_units_count_as_at_their_bound(dtype):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)) * 3, dtype)
-    for constraint in (oc.max_norm(1.0), oc.min_max_norm(0.5, 1.0), oc.unit_norm()):
+    for constraint in (
+        oc.max_norm(1.0),
+        oc.min_max_norm(0.5, 1.0),
+        oc.unit_norm(),
+        oc.fixed_norm(2.0, axis=0),
+        oc.max_rms(0.5, axis=0),
+    ):
         row = oc.report({"w": constraint(w)}, constraint).rows[0]
         assert (row.units, row.at_bound) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "make", [oc.max_norm, oc.max_rms, oc.fixed_norm, functools.partial(oc.min_max_norm, 0.0)]
+)
+def test_bounds_relative_to_init_are_not_known_here(make):
+    assert oc.report({"w": jnp.eye(3)}, make("init")).rows[0].at_bound is None
 
 
 def test_numbers_are_those_of_the_step():
