@@ -396,6 +396,14 @@ def test_the_update_of_a_norm_is_that_of_its_projection(dtype, constraint):
     np.testing.assert_allclose(float64(got), float64(want), rtol=0, atol=4 * eps(dtype))
 
 
+def test_a_rate_goes_part_of_the_way():
+    w = weights(0.3)
+    norm = norms(float64(w), 0)
+    got = norms(float64(oc.min_max_norm(0.5, 0.7, rate=0.25)(w)), 0)
+    np.testing.assert_allclose(got, 0.25 * np.clip(norm, 0.5, 0.7) + 0.75 * norm, rtol=1e-6)
+    assert len(np.unique(np.clip(norm, 0.5, 0.7))) > 2
+
+
 def test_the_root_mean_square_of_one_entry_is_its_size():
     np.testing.assert_array_equal(
         oc.max_rms(0.5, axis=0)(jnp.array([[3.0, -0.25]])), [[0.5, -0.25]]

@@ -90,9 +90,7 @@ def test_projected_units_count_as_at_their_bound(dtype):
         assert (row.units, row.at_bound) == (32, 32)
 
 
-@pytest.mark.parametrize(
-    "make", [oc.max_norm, oc.max_rms, oc.fixed_norm, functools.partial(oc.min_max_norm, 0.0)]
-)
+@pytest.mark.parametrize("make", [oc.max_norm, oc.max_rms, functools.partial(oc.min_max_norm, 0.0)])
 def test_bounds_relative_to_init_are_not_known_here(make):
     assert oc.report({"w": jnp.eye(3)}, make("init")).rows[0].at_bound is None
 
