@@ -327,6 +327,15 @@ def test_norm_of_mixed_magnitudes(norm):
     np.testing.assert_allclose(float64(norm(w, (0,))), norms(float64(w), 0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e30])
+def test_norm_has_the_derivative_of_a_norm(scale):
+    w, v = weights(scale), weights(seed=1)
+    _, got = jax.jvp(lambda w: _numerics.norm(w, (0,)), (w,), (v,))
+    direction = float64(w) / np.maximum(norms(float64(w), 0), 1e-300)
+    want = np.sum(direction * float64(v), axis=0, keepdims=True)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 def test_norm_takes_one_branch_only_when_needed():
     # What runs for ordinary weights is the plain sum of squares: in the compiled program
     # the scaled ones are under a condition.
