@@ -83,7 +83,7 @@ def test_projected_units_count_as_at_their_bound(dtype):
         oc.max_norm(1.0),
         oc.min_max_norm(0.5, 1.0),
         oc.unit_norm(),
-        oc.fixed_norm(2.0, axis=0),
+        oc.fixed_norm(0.5, axis=0),
         oc.max_rms(0.5, axis=0),
     ):
         row = oc.report({"w": constraint(w)}, constraint).rows[0]
