@@ -54,7 +54,7 @@ TESTS = {
     "sets.norm": [
         "test_memory.py",
         "test_project.py",
-        f"test_numerics.py -k {NORMS} or test_the_update or turns",
+        f"test_numerics.py -k {NORMS} or test_the or turns or rate_goes",
         "test_report.py",
         "test_tangent.py -k Norm or every_kind",
         "test_configs.py -k equal or identity",

@@ -73,7 +73,8 @@ def test_units_at_either_bound():
     columns = jnp.array([[0.5, 1.0, 2.0, 0.0]])
     row = oc.report({"w": columns}, oc.min_max_norm(0.5, 2.0)).rows[0]
     assert (row.units, row.at_bound) == (4, 3)
-    assert oc.report({"w": columns}, oc.unit_norm()).rows[0].at_bound == 3
+    for constraint in (oc.unit_norm(), oc.fixed_norm(0.5, axis=0)):
+        assert oc.report({"w": columns}, constraint).rows[0].at_bound == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
