@@ -148,6 +148,14 @@ def main() -> None:
             8,
         ),
         pair(
+            "max_spectral_norm, exceeded by 10%, to SVD clip",
+            oc.max_spectral_norm(1.0),
+            jax.jit(clip_by_svd),
+            square * (1.1 / jnp.linalg.norm(square, 2)),
+            None,
+            4,
+        ),
+        pair(
             "max_spectral_norm, a normal matrix, to SVD clip",
             oc.max_spectral_norm(1.0),
             jax.jit(clip_by_svd),

@@ -259,12 +259,25 @@ def test_decompositions_are_taken_only_where_needed(monkeypatch):
         monkeypatch.setattr(spectral, name, counted(name, getattr(spectral, name)))
     jax.clear_caches()
     w = with_singular_values(12, 8, np.linspace(0.999, 0.1, 8))
-    for scale, expected in ((1, []), (1.2, ["_clip_nearby"]), (1.3, ["_clip_nearby", "_svd"])):
+    nearby, both = ["_clip_nearby"], ["_clip_nearby", "_svd"]
+    for scale, expected in ((1, []), (1.2, nearby), (1.3, both), (8, ["_svd"])):
         jax.block_until_ready(MaxSpectralNorm()(w * scale))
         jax.effects_barrier()
         assert calls == expected
         calls.clear()
     jax.clear_caches()
+
+
+def test_what_is_surely_beyond_a_bound_is():
+    for shape in ((90, 60), (60, 90), (60, 60)):
+        w = normal(*shape)
+        largest = singular_values(w)[0]
+        told = [spectral._surely_beyond(w, jnp.full((1, 1), largest * f)) for f in (0.5, 1.001)]
+        assert told == [True, False]
+    # Of a diagonal matrix it tells as much as there is.
+    w = jnp.diag(jnp.asarray([0.5, 3.0, 2.0], DTYPE))
+    told = [spectral._surely_beyond(w, jnp.full((1, 1), b, DTYPE)) for b in (2.99, 3.01)]
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)], ids=str)

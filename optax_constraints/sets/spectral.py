@@ -473,8 +473,14 @@ def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
         done = known | near
         return done, jnp.where((done & ~known)[..., None, None], clipped / down, a)
 
-    inside = _surely_inside(a, bound), a
-    return _once(open, decomposed, _once(open, nearly, inside))[1]
+    inside = _surely_inside(a, bound)
+    far = _surely_beyond(a * down, _NEARBY * bound * down)
+    near = _once(lambda carry: ~jnp.all(carry[0] | far), nearly, (inside, a))
+    return _once(open, decomposed, near)[1]
+
+
+# How far beyond its bound, as a factor, a matrix may be for eigenvectors to do.
+_NEARBY = 1.25
 
 
 def _clip_nearby(a: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -490,7 +496,7 @@ def _clip_nearby(a: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     share = jnp.where(s > bound * (1 + _tolerance(a)), 1 - bound / jnp.maximum(s, bound), 0)
     vt = jnp.swapaxes(v, -1, -2)
     over = _matmul(v * share, _matmul(vt, a)) if wide else _matmul(_matmul(a, v) * share, vt)
-    return s[..., 0, -1] <= 1.25 * bound[..., 0, 0], a - over
+    return s[..., 0, -1] <= _NEARBY * bound[..., 0, 0], a - over
 
 
 @_composed.defjvp
@@ -588,3 +594,13 @@ def _surely_inside(a: jax.Array, bound: jax.Array) -> jax.Array:
     slack = jnp.square(bound) * jnp.eye(gram.shape[-1], dtype=a.dtype) - gram
     root = jnp.linalg.cholesky(slack, symmetrize_input=False)
     return ~jnp.isnan(root[..., -1, -1]) | jnp.all(a == 0, axis=(-2, -1))
+
+
+def _surely_beyond(a: jax.Array, bound: jax.Array) -> jax.Array:
+    """Whether some singular value is above `bound`, for some of these matrices; one bool each.
+
+    No column of ``A^T A`` is longer than its largest eigenvalue, nor much shorter for a matrix
+    of random numbers: of a square one, 0.35 of it.
+    """
+    lengths = jnp.sqrt(jnp.sum(jnp.square(_gram(a)), axis=-2))
+    return jnp.max(lengths, axis=-1) > jnp.square(bound[..., 0, 0])
