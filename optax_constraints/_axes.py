@@ -26,6 +26,8 @@ Layout: TypeAlias = Mapping[str, LeafLayout]
 
 _ATTENTION_IN = ("query", "key", "value")
 
+_warn_once = functools.cache(warn)
+
 
 def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | Literal["fan_in"] | None:
     """Returns `axis` in a hashable form, or says why it is none."""
@@ -112,11 +114,6 @@ def settle_axis(
             "axis='fan_in'."
         )
     return settled
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    warn(text)
 
 
 def drop_axes(values: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -356,7 +356,7 @@ class Grid(_Elementwise):
             )
         if largest < tiny:
             return np.zeros(1)
-        spacing = 2.0 ** (math.ceil(math.log2(largest)) + round(math.log2(float(info.eps))))
+        spacing = math.ldexp(_numerics.eps(dtype), math.ceil(math.log2(largest)))
         # The power of two above the largest may itself be beyond the range.
         most = end - end % spacing
         return np.unique(np.round(np.clip(self.values, -most, most) / spacing)) * spacing
