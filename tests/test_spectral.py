@@ -1,5 +1,7 @@
 """Sets of singular values against SciPy, cvxpy and known answers."""
 
+import re
+
 import cvxpy as cp
 import jax
 import jax.numpy as jnp
@@ -266,6 +268,20 @@ def test_decompositions_are_taken_only_where_needed(monkeypatch):
         assert calls == expected
         calls.clear()
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "conditional"),
+    [(MaxSpectralNorm(), ["gesdd", "syevd"]), (oc.positive_semidefinite(), ["syevd"])],
+    ids=str,
+)
+def test_the_compiler_leaves_decompositions_where_they_are_needed(constraint, conditional):
+    # What a loop does not change it moves in front of it.
+    text = jax.jit(constraint).lower(normal(8, 8)).compile().as_text() or ""
+    assert all(name in text for name in ["potrf", *conditional])
+    always = re.findall('custom_call_target="([^"]*)"', text[text.index("ENTRY") :])
+    assert len(always) == 1
+    assert "potrf" in always[0]
 
 
 def test_what_is_surely_beyond_a_bound_is():

@@ -449,6 +449,10 @@ class _Truncate(NamedTuple):
         return _Values(s * kept, kept, s[..., self.rank] <= s[..., 0] * tolerance)
 
 
+# How far beyond its bound, as a factor, a matrix may be for eigenvectors to do.
+_NEARBY = 1.25
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
     """Matrices with new singular values, decomposed only if one of them needs it."""
@@ -468,6 +472,7 @@ def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
         return decomposed((jnp.zeros(a.shape[:-2], bool), a))[1]
 
     def nearly(carry):
+        # Of the matrix in the carry: what does not change XLA would decompose before the loop.
         known, a = carry
         near, clipped = _clip_nearby(a * down, bound * down)
         done = known | near
@@ -477,10 +482,6 @@ def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
     far = _surely_beyond(a * down, _NEARBY * bound * down)
     near = _once(lambda carry: ~jnp.all(carry[0] | far), nearly, (inside, a))
     return _once(open, decomposed, near)[1]
-
-
-# How far beyond its bound, as a factor, a matrix may be for eigenvectors to do.
-_NEARBY = 1.25
 
 
 def _clip_nearby(a: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
