@@ -1,11 +1,13 @@
 """`Constraint`, and the identifiers and configs by which constraints are named."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast, overload
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeGuard, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from optax_constraints._text import shown
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]
 Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 Number: TypeAlias = jax.typing.ArrayLike | Schedule
+_Made = TypeVar("_Made", bound="Constraint")
 
 
 class Constraint:
@@ -27,9 +30,15 @@ class Constraint:
     A subclass needs only `__call__`. As it stands, `Constraint()` allows everything.
 
     The library's own sets are frozen dataclasses with a field for each hyperparameter. A
-    subclass that is one, too, gets `get_config`, equality and hashing from its fields (make
-    it with `@dataclasses.dataclass(frozen=True, eq=False)`, so that fields that hold arrays
-    hash by identity), and a field called `axis` is settled leaf by leaf.
+    subclass that is one, too, gets `get_config` from its fields, and a field called `axis` is
+    settled leaf by leaf. Make it with `@dataclasses.dataclass(frozen=True, eq=False)`, so that
+    it keeps the equality of this class, by the values of its fields.
+
+    Constraints are pytrees: numbers and arrays are their leaves, and axes, text, schedules and
+    functions belong to their structure. So a constraint can be an argument of `jax.jit`,
+    `jax.vmap` or `jax.lax.scan`, and other numbers compile nothing. In a subclass of your own
+    the leaves are the arrays and constraints among its fields, or, if it is no dataclass, among
+    its attributes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,6 +67,13 @@ class Constraint:
 
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Makes an object, and the first of its class known to JAX."""
+        del args, kwargs
+        # Not when the class is made: a class may be a pytree by itself, such as an eqx.Module.
+        _register_pytree(cls)
+        return super().__new__(cls)
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array.
@@ -131,7 +147,8 @@ class Constraint:
             step: The step, counted from 0.
 
         Returns:
-            A constraint without schedules.
+            A constraint without schedules. What they return is not checked, since under
+            `jax.jit` it could not be: a bound below 0 counts as 0, as if it were traced.
         """
         values = {
             f.name: value.at(step) if isinstance(value, Constraint) else value(step)
@@ -139,7 +156,16 @@ class Constraint:
             if isinstance(value := getattr(self, f.name), Constraint)
             or (f.metadata.get("number") and callable(value))
         }
-        return dataclasses.replace(cast(Any, self), **values) if values else self
+        return self._replace(**values) if values else self
+
+    def _replace(self, **values: Any) -> Self:
+        """This constraint with other values in some fields.
+
+        Those of the library's own sets are not checked again: they may be traced.
+        """
+        if type(self) not in _builtin:
+            return dataclasses.replace(cast(Any, self), **values)
+        return _remake(type(self), {**vars(self), **values})
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -161,7 +187,7 @@ class Constraint:
             return self
         this = cast(Any, self)
         axis = settle_axis(type(self).__name__, this.axis, shape, path, layout)
-        return dataclasses.replace(this, axis=axis)
+        return self._replace(axis=axis)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of an allowed array lie on the boundary of the set.
@@ -195,33 +221,44 @@ class Constraint:
             ``P(params + updates) - params``, in the wider dtype of the two; what to remember;
             and a scalar for the leaf that comes next.
         """
+        weights = params.dtype
         dtype = jnp.promote_types(params.dtype, updates.dtype)
-        target, memory = self.advance(jnp.asarray(params + updates).astype(params.dtype), memory)
-        delta = target.astype(dtype) - params.astype(dtype)
-        if not self.elementwise:
-            return delta, memory, after
-        # p + (t - p) can round to a neighbour of t that is outside the set. One step of the
-        # update towards the set is enough to bring the sum back in.
-        reached = jnp.asarray(params + delta).astype(params.dtype)
-        allowed = self(reached)
-        towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(dtype)
-        outside = (allowed > reached) | (allowed < reached)
-        return jnp.where(outside, jnp.nextafter(delta, towards), delta), memory, after
+        params, updates = params.astype(dtype), updates.astype(dtype)
+        target, memory = self.advance((params + updates).astype(weights), memory)
+        delta = target.astype(dtype) - params
+        return self.keep_inside(params.astype(weights), delta), memory, after
 
-    def _key(self) -> Hashable:
-        """What equality and hashing compare: the fields, or the object itself."""
-        if not dataclasses.is_dataclass(self):
-            return id(self)
-        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        return type(self), tuple(id(v) if _is_array(v) else v for v in values)
+    def keep_inside(self, params: jax.Array, delta: jax.Array) -> jax.Array:
+        """An update after which no entry is outside of an elementwise set.
+
+        ``p + (t - p)`` can round to a neighbour of `t` that is outside the set. One step of the
+        update towards the set is enough to bring the sum back in.
+
+        Args:
+            params: The weights as they are.
+            delta: The update, of the same shape.
+
+        Returns:
+            The update, of the dtype of `delta`; of other sets just that.
+        """
+        if not self.elementwise:
+            return delta
+        dtype = jnp.promote_types(params.dtype, delta.dtype)
+        reached = (params.astype(dtype) + delta.astype(dtype)).astype(params.dtype)
+        reached = jax.lax.stop_gradient(reached)
+        return _nudge(delta, reached, self(reached))
 
     def __eq__(self, other: object) -> bool:
         """Whether `other` is the same set with the same hyperparameters."""
-        return isinstance(other, Constraint) and self._key() == other._key()
+        return (
+            isinstance(other, Constraint)
+            and type(self) is type(other)
+            and _key(self) == _key(other)
+        )
 
     def __hash__(self) -> int:
-        """A hash that agrees with equality; arrays count by identity."""
-        return hash(self._key())
+        """A hash that agrees with equality."""
+        return hash((type(self), _key(self)))
 
     def __str__(self) -> str:
         """The name with its hyperparameters, without the axis, as the report shows it."""
@@ -229,6 +266,154 @@ class Constraint:
             return type(self).__name__
         values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "axis")
         return f"{type(self).__name__}({', '.join(map(_short, values))})"
+
+
+@jax.custom_jvp
+def _nudge(delta: jax.Array, reached: jax.Array, allowed: jax.Array) -> jax.Array:
+    """`delta`, one step further where what it reached is not what is allowed there."""
+    towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(delta.dtype)
+    outside = (allowed > reached) | (allowed < reached)
+    return jnp.where(outside, jnp.nextafter(delta, towards), delta)
+
+
+@_nudge.defjvp
+def _nudge_jvp(primals: Any, tangents: Any) -> Any:
+    return _nudge(*primals), tangents[0]
+
+
+# Constraints as pytrees, and as values that are equal or not.
+
+
+@functools.cache
+def _register_pytree(cls: type["Constraint"]) -> None:
+    """Makes the objects of a class pytrees, unless they are already.
+
+    Not with `register_dataclass`: it makes objects by their constructor, which checks numbers,
+    and JAX fills trees with placeholders; and what a field holds, a number or text, decides
+    here whether it is a leaf.
+    """
+
+    def flatten_with_keys(constraint: Constraint) -> Any:
+        data, structure = _split(constraint)
+        return [(jax.tree_util.GetAttrKey(k), v) for k, v in data.items()], structure
+
+    def flatten(constraint: Constraint) -> Any:
+        data, structure = _split(constraint)
+        return list(data.values()), structure
+
+    def unflatten(structure: _Structure, leaves: Iterable[Any]) -> Constraint:
+        values = {name: held.value for name, held in structure.rest}
+        new = _remake(cls, values | dict(zip(structure.data, leaves, strict=True)))
+        # So that an object with placeholders in it has the same structure.
+        object.__setattr__(new, _DATA, structure.data)
+        return new
+
+    with contextlib.suppress(ValueError):
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+class _Structure(NamedTuple):
+    """What of a constraint is no leaf."""
+
+    data: tuple[str, ...]
+    """The names of what is."""
+    rest: tuple[tuple[str, "_Compared"], ...]
+
+
+_DATA = "_names_of_data"
+
+
+def _values(constraint: Constraint) -> dict[str, Any]:
+    """The fields of a constraint, or the attributes of one that is no dataclass."""
+    if dataclasses.is_dataclass(constraint):
+        return {f.name: getattr(constraint, f.name) for f in dataclasses.fields(constraint)}
+    return {name: value for name, value in vars(constraint).items() if name != _DATA}
+
+
+def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
+    """The subtrees of a constraint by name, and its structure."""
+    values = _values(constraint)
+    names = vars(constraint).get(_DATA)
+    if names is None:
+        numbers = {f.name for f in _fields(constraint) if f.metadata.get("number")}
+        names = tuple(k for k, value in values.items() if _is_data(value, number=k in numbers))
+    rest = tuple((k, _Compared(value)) for k, value in values.items() if k not in names)
+    return {name: values[name] for name in names}, _Structure(names, rest)
+
+
+def _is_data(value: Any, *, number: bool) -> bool:
+    """Whether what a field holds are numbers that may change, and not structure."""
+    if isinstance(value, (tuple, list)):
+        return any(_is_data(part, number=False) for part in value)
+    if isinstance(value, Constraint) or _is_array(value):
+        return True
+    return number and not isinstance(value, str) and not callable(value)
+
+
+def _remake(cls: type[_Made], values: Mapping[str, Any]) -> _Made:
+    """An object of a class with these attributes, without its constructor."""
+    new = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def _key(constraint: Constraint) -> Hashable:
+    """What equality and hashing compare: the fields, or the object itself."""
+    if not dataclasses.is_dataclass(constraint):
+        return id(constraint)
+    return tuple((name, _Compared(value)) for name, value in _values(constraint).items())
+
+
+class _Compared:
+    """Any value, in a box that hashes: arrays by what they hold, others by identity at worst."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Compared) and _equal(self.value, other.value)
+
+    def __hash__(self) -> int:
+        # Of an array not what it holds: that may be large, and on a device.
+        if _is_array(self.value):
+            return hash((np.shape(self.value), str(jnp.result_type(self.value))))
+        if isinstance(self.value, (tuple, list)):
+            return hash(tuple(map(_Compared, self.value)))
+        try:
+            return hash(self.value)
+        except TypeError:
+            return id(self.value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if _is_array(a) and _is_array(b):
+        if a.shape != b.shape or a.dtype != b.dtype or not (_is_readable(a) and _is_readable(b)):
+            return False
+        return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    if _is_array(a) or _is_array(b):
+        return False
+    return a == b
+
+
+def _is_readable(array: Any) -> bool:
+    """Whether this process can read the numbers of an array now."""
+    if isinstance(array, Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def own_arrays(constraint: Constraint) -> None:
+    """Copies the NumPy arrays among the fields of a constraint, which their owner may change."""
+    for name, value in _values(constraint).items():
+        if isinstance(value, np.ndarray):
+            value = np.array(value)
+            value.flags.writeable = False
+            object.__setattr__(constraint, name, value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -314,7 +499,7 @@ def check_number(
         )
     if _is_array(value):
         _check_scalar(what, value)
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        if not _is_readable(value):
             return None
     try:
         concrete = float(cast(Any, value))
@@ -333,17 +518,7 @@ def _check_scalar(what: str, value: Any) -> None:
         raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
 
 
-def is_concrete(constraint: Constraint) -> bool:
-    """Whether no number in a constraint is traced."""
-    for f in _fields(constraint):
-        given = getattr(constraint, f.name)
-        for part in given if isinstance(given, tuple) else (given,):
-            if isinstance(part, Tracer) or (isinstance(part, Constraint) and not is_concrete(part)):
-                return False
-    return True
-
-
-def _is_array(value: object) -> bool:
+def _is_array(value: Any) -> TypeGuard[np.ndarray | jax.Array]:
     return isinstance(value, (np.ndarray, jax.Array))
 
 

@@ -69,12 +69,21 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     )
 
 
-@_differentiable_norm.defjvp
-def _norm_jvp(axis, primals, tangents):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    """`norm` by one sum of squares, which overflows and underflows."""
+    return jnp.sqrt(sum_of_squares(x, axis))
+
+
+def _norm_jvp(function, axis, primals, tangents):
     (x,), (dx,) = primals, tangents
-    n = norm(x, axis)
+    n = function(x, axis)
     direction = x / jnp.where(n > 0, n, 1)
     return n, jnp.sum(direction * dx, axis=axis, keepdims=True)
+
+
+_differentiable_norm.defjvp(lambda *args: _norm_jvp(norm, *args))
+plain_norm.defjvp(functools.partial(_norm_jvp, plain_norm))
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.

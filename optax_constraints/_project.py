@@ -1,25 +1,27 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
-from optax_constraints._rules import Binder, Bound, Rules
+from optax_constraints._private import called_from_optax
+from optax_constraints._rules import Binder, Bound, Rules, keyed
 from optax_constraints._text import shown
 
 
 class ProjectState(NamedTuple):
     """State of `project`: an ordinary pytree."""
 
-    # Optax' own name for it, though tuples have a method of that name.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    # Not `count`, so that `optax.tree.get(state, "count")` finds one in the chain: Adam's.
+    updates_seen: jax.Array
     """How many updates there have been, an int32 scalar; schedules see it."""
     memory: Any = ()
     """By path, what constraints remember of their leaves, such as norms at init."""
@@ -82,44 +84,56 @@ def project(
         del extra_args
         if params is None:
             raise ValueError("project needs the parameters; write tx.update(grads, state, params).")
+        if isinstance(state, Mapping):  # restored without its type
+            state = ProjectState(**state)
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(updates)
         bound = bind(params)
-        check_memory(state.memory, bound, leaves)
+        remembered = recall(state.memory, bound, leaves)
+        # Their other branch has updates as they came in, and both must have one dtype.
+        keep_dtype = called_from_optax(*_CONDITIONS)
 
-        def projected(given: list[Any], memory: Any) -> tuple[list[Any], Any]:
+        def projected(given: list[Any], memory: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
             new, kept, before = [], {}, None
             for (key, leaf_bound), p, u in zip(keyed(bound), leaves, given, strict=True):
-                constraint = leaf_bound.at(state.count)
+                constraint = leaf_bound.at(state.updates_seen)
                 if constraint is not None:
                     own = memory[key] if constraint.remembers else ()
                     if not is_absent(u):
                         p, u = jnp.asarray(p), jnp.asarray(u)
-                        u, own, before = constraint.update(p, u, own, before)
+                        moved, own, before = constraint.update(p, u, own, before)
+                        if keep_dtype and moved.dtype != u.dtype:
+                            moved = constraint.keep_inside(p, moved.astype(u.dtype))
+                        u = moved
                     if constraint.remembers:
                         kept[key] = own
                 new.append(u)
-            return new, _like(memory, kept)
+            return new, kept
 
         if every == 1:
-            new, memory = projected(given, state.memory)
+            new, kept = projected(given, remembered)
         else:
             # Both branches give the dtypes that a projection would.
-            like, _ = jax.eval_shape(projected, given, state.memory)
-            new, memory = jax.lax.cond(
-                (state.count + 1) % every == 0,
+            like, _ = jax.eval_shape(projected, given, remembered)
+            new, kept = jax.lax.cond(
+                (state.updates_seen + 1) % every == 0,
                 projected,
                 lambda given, memory: (
                     jax.tree.map(lambda u, t: u.astype(t.dtype), given, like),
                     memory,
                 ),
                 given,
-                state.memory,
+                remembered,
             )
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(new), ProjectState(count, memory)
+        seen = jnp.asarray(optax.safe_increment(state.updates_seen))
+        memory = like_before(state.memory, kept)
+        return treedef.unflatten(new), state._replace(updates_seen=seen, memory=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Of Optax, what chooses between the updates of a transformation and others.
+_CONDITIONS = ("apply_if_finite", "conditionally_mask", "conditionally_transform")
 
 
 def is_absent(update: Any) -> bool:
@@ -139,15 +153,6 @@ def _check_every(every: int) -> int:
     return every
 
 
-def keyed(bound: list[Bound]) -> Iterator[tuple[str, Bound]]:
-    """Each leaf with the key of its memory: its path, numbered where it is not the first."""
-    seen: dict[str, int] = {}
-    for leaf_bound in bound:
-        path = leaf_bound.path
-        number = seen[path] = seen.get(path, 0) + 1
-        yield path if number == 1 else f"{path}#{number}", leaf_bound
-
-
 def remember(params: Any, bind: Binder) -> Any:
     """Checks that rules fit a tree, and starts the memory of the constraints that need one."""
     bound, leaves = bind(params), jax.tree.leaves(params)
@@ -157,27 +162,47 @@ def remember(params: Any, bind: Binder) -> Any:
         # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
         # this place stands for any memory.
         return jnp.zeros(())
-    return _memory_of(bound, leaves)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return _memory_of(bound, leaves)
+    # As Adam does, arrays of the right shapes. What should be put in their place and is not,
+    # must not pass for norms.
+    like = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
+    return jax.tree.map(_unset, like)
+
+
+def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
+    value = np.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+    return jnp.asarray(np.full(like.shape, value, like.dtype))
 
 
 def _memory_of(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+    """What constraints remember of these leaves, by key."""
     return {
-        key: constraint.remember(jnp.asarray(leaf))
+        # Copies, lest the state and the parameters be one buffer, and both donated.
+        key: jax.tree.map(lambda x: jnp.array(x), constraint.remember(jnp.asarray(leaf)))
         for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
         if (constraint := leaf_bound.at(0)) is not None and constraint.remembers
     }
 
 
-def _like(memory: Any, kept: dict[str, Any]) -> Any:
-    """A new memory in the container of the old one: NNX has its own mappings."""
-    if not kept:
-        return memory
-    return jax.tree.unflatten(jax.tree.structure(memory), jax.tree.leaves(kept))
+def recall(memory: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+    """What a state remembers, as the constraints left it.
 
+    A state that was saved may come back with NumPy arrays, lists in place of tuples and other
+    mappings; what belongs together has the same key.
 
-def check_memory(memory: Any, bound: list[Bound], leaves: list[Any]) -> None:
-    """Raises if a memory is not one of these constraints and leaves."""
-    want: Any = ()
+    Args:
+        memory: The memory of a state.
+        bound: The rules, bound to the leaves.
+        leaves: The parameters.
+
+    Returns:
+        By key, what each constraint remembers, as JAX arrays.
+
+    Raises:
+        ValueError: If it is not the memory of these constraints and leaves.
+    """
+    want: dict[str, Any] = {}
     if any(b.constraint is not None and b.constraint.remembers for b in bound):
         want = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
     have = dict(memory) if isinstance(memory, Mapping) else {}
@@ -192,16 +217,54 @@ def check_memory(memory: Any, bound: list[Bound], leaves: list[Any]) -> None:
                 f"The state remembers nothing of {path!r}, which its constraint needs: it is the "
                 "state of other rules or other parameters. Start with tx.init(params)."
             )
-        old, new = (
-            jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree[path])
-            for tree in (have, want)
-        )
-        if old != new:
+        try:
+            have[path] = _rearranged(have[path], want[path])
+            fits = jax.tree.map(_shape_and_dtype, have[path]) == jax.tree.map(
+                _shape_and_dtype, want[path]
+            )
+        except _OtherStructureError:
+            fits = False
+        if not fits:
+            old, new = (jax.tree.map(_shape_and_dtype, tree[path]) for tree in (have, want))
             raise ValueError(
                 f"The state remembers {shown(old)} (shape, dtype) of {path!r}, and its "
                 f"constraint needs {shown(new)}: it is the state of other rules or other "
                 "parameters. Start with tx.init(params)."
             )
+    return jax.tree.map(jnp.asarray, have)
+
+
+def like_before(memory: Any, kept: dict[str, Any]) -> Any:
+    """A new memory in the containers of the old one."""
+    return _rearranged(kept, memory) if kept else memory
+
+
+def _shape_and_dtype(x: Any) -> Any:
+    return jnp.shape(x), jnp.result_type(x)
+
+
+class _OtherStructureError(Exception):
+    pass
+
+
+def _rearranged(tree: Any, like: Any) -> Any:
+    """The leaves of one tree in the containers of another, paired by key or by number."""
+    own, other = (_children(t) for t in (tree, like))
+    if own is None or other is None:
+        if own is other:
+            return tree
+        raise _OtherStructureError
+    if set(own[0]) != set(other[0]):
+        raise _OtherStructureError
+    return other[1].unflatten([_rearranged(own[0][key], child) for key, child in other[0].items()])
+
+
+def _children(tree: Any) -> tuple[dict[Any, Any], Any] | None:
+    """What stands below the root of a tree, by key or number, and the root; None for a leaf."""
+    found, root = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if jax.tree_util.treedef_is_leaf(root):
+        return None
+    return {jax.tree_util.keystr(keys, simple=True): child for keys, child in found}, root
 
 
 def constrain(
@@ -220,7 +283,7 @@ def constrain(
         rules: As for `project`.
         step: What schedules see; the first update is step 0.
         state: The optimizer's state, for constraints that remember weights at init. Without
-            it they take the weights given here for those.
+            it the weights given here are those at init.
         layout: As for `project`.
         strict: As for `project`.
 
@@ -238,7 +301,8 @@ def constrain(
         {'bias': Array([0., 2.], dtype=float32)}
     """
     bind = Binder(rules, layout=layout, strict=strict)
-    return constrain_bound(params, bind, step, memory_in(state))[0]
+    memory = remember(params, bind) if state is None else memory_in(state)
+    return constrain_bound(params, bind, step, memory)[0]
 
 
 def constrain_bound(
@@ -247,34 +311,63 @@ def constrain_bound(
     """`constrain` with rules that may remember this tree, and with what constraints remember."""
     leaves, treedef = jax.tree.flatten(params)
     bound = bind(params)
-    if memory is not None:
-        check_memory(memory, bound, leaves)
+    remembered = recall(memory, bound, leaves)
     new, kept = [], {}
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         constraint = leaf_bound.at(step)
         if constraint is not None:
-            leaf = jnp.asarray(leaf)
-            if constraint.remembers and memory is not None:
-                leaf, kept[key] = constraint.advance(leaf, memory[key])
-            else:
-                leaf = constraint(leaf)
+            leaf, own = constraint.advance(jnp.asarray(leaf), remembered.get(key, ()))
+            if constraint.remembers:
+                kept[key] = own
         new.append(leaf)
-    return treedef.unflatten(new), _like(memory, kept)
+    return treedef.unflatten(new), like_before(memory, kept)
 
 
 def memory_in(state: Any) -> Any:
-    """What constraints remember, out of an optimizer's state; None without one."""
-    if state is None:
-        return None
-    states = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, ProjectState))
-    states = [s for s in states if isinstance(s, ProjectState)]
+    """What constraints remember, out of an optimizer's state."""
+    states = jax.tree.leaves(state, is_leaf=_is_state)
+    states = [dict(s) if isinstance(s, Mapping) else s._asdict() for s in states if _is_state(s)]
     if not states:
         raise ValueError(
             f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
             "tx.update returned, where project is in tx."
         )
-    memories = [s.memory for s in states if isinstance(s.memory, Mapping)]
-    return {key: value for memory in memories for key, value in memory.items()} or ()
+    memory: dict[str, Any] = {}
+    for own in (s["memory"] for s in states if isinstance(s["memory"], Mapping)):
+        twice = sorted({*memory} & {*own})
+        if twice:
+            raise ValueError(
+                f"There are several states of project here that remember {twice[0]!r}, such as "
+                "those of two models; pass the one of these parameters alone, as in "
+                "state=states['generator']."
+            )
+        memory.update(own)
+    return memory or ()
+
+
+def _is_state(x: Any) -> bool:
+    """Whether something is a state of `project`, also one restored without its type."""
+    fields = set(ProjectState._fields)
+    return isinstance(x, ProjectState) or (isinstance(x, Mapping) and set(x) == fields)
+
+
+def recall_for(verb: str, state: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+    """What an optimizer's state remembers, for a verb that cannot do without it.
+
+    Raises:
+        ValueError: If there is no state, and a constraint remembers weights at init.
+    """
+    if state is not None:
+        return recall(memory_in(state), bound, leaves)
+    for leaf_bound in bound:
+        if leaf_bound.constraint is not None and leaf_bound.constraint.remembers:
+            raise ValueError(
+                f"{verb}: {leaf_bound.constraint} on {leaf_bound.path!r} is relative to what the "
+                f"weights were at init, which only the state of project knows; write {verb}"
+                "(params, rules, state=state) with the state of an optimizer that has project "
+                "in it."
+            )
+    return {}
 
 
 def violations(
@@ -292,7 +385,7 @@ def violations(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
-        state: As for `constrain`.
+        state: The optimizer's state; needed if a bound is relative to init.
         layout: As for `project`.
         strict: As for `project`.
 
@@ -302,7 +395,8 @@ def violations(
 
     Raises:
         TypeError: If a rule names a leaf that is not floating-point.
-        ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
+        ValueError: If a rule matches no leaf, a leaf does not have the axis asked for, or a
+            bound is relative to init and there is no state.
 
     Example:
         >>> import jax.numpy as jnp
@@ -311,22 +405,21 @@ def violations(
         {'bias': Array(1., dtype=float32)}
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves, memory = jax.tree.leaves(params), memory_in(state)
-    if memory is not None:
-        check_memory(memory, bound, leaves)
+    leaves = jax.tree.leaves(params)
+    remembered = recall_for("violations", state, bound, leaves)
     distances: dict[str, jax.Array] = {}
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         if (constraint := leaf_bound.at(step)) is not None:
-            found = distance(jnp.asarray(leaf), constraint, (memory or {}).get(key))
+            found = distance(jnp.asarray(leaf), constraint, remembered.get(key, ()))
             # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
             other = distances.get(leaf_bound.path)
             distances[leaf_bound.path] = found if other is None else jnp.hypot(other, found)
     return distances
 
 
-def distance(leaf: jax.Array, constraint: Constraint, memory: Any = None) -> jax.Array:
+def distance(leaf: jax.Array, constraint: Constraint, memory: Any = ()) -> jax.Array:
     """Euclidean distance of a leaf to its projection, a scalar in float32 or float64."""
     dtype = _numerics.compute_dtype(leaf.dtype)
-    projected = constraint(leaf) if memory is None else constraint.advance(leaf, memory)[0]
+    projected, _ = constraint.advance(leaf, memory)
     difference = leaf.astype(dtype) - projected.astype(dtype)
     return _numerics.norm(difference, None).reshape(())

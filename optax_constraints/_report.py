@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._project import check_memory, distance, keyed, memory_in
-from optax_constraints._rules import Binder, Bound, Rules
+from optax_constraints._project import distance, recall_for
+from optax_constraints._rules import Binder, Bound, Rules, keyed
 
 _WIDTH = 100
 _RIGHT = {"units", "at bound", "outside"}
@@ -111,7 +111,7 @@ def report(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see.
-        state: As for `constrain`.
+        state: As for `violations`.
         layout: As for `project`; the table then has a column for the type of each layer.
         strict: As for `project`.
 
@@ -134,12 +134,11 @@ def report(
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves, memory = jax.tree.leaves(params), memory_in(state)
-    if memory is not None:
-        check_memory(memory, bound, leaves)
+    leaves = jax.tree.leaves(params)
+    remembered = recall_for("report", state, bound, leaves)
     return Report(
         tuple(
-            _row(leaf_bound, jnp.asarray(leaf), step, (memory or {}).get(key))
+            _row(leaf_bound, jnp.asarray(leaf), step, remembered.get(key, ()))
             for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
             if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
         )
@@ -166,7 +165,7 @@ def assert_feasible(
         params: Any tree of arrays.
         rules: As for `project`.
         step: What schedules see: that of the last update, so the count of updates less 1.
-        state: As for `constrain`.
+        state: As for `violations`.
         layout: As for `project`.
         strict: As for `project`.
         tolerance: How far outside rounding may lead: so many machine epsilons of a leaf's dtype
@@ -188,9 +187,8 @@ def assert_feasible(
         Is project last in its chain? Weights that were loaded or averaged need constrain.
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves, memory = jax.tree.leaves(params), memory_in(state)
-    if memory is not None:
-        check_memory(memory, bound, leaves)
+    leaves = jax.tree.leaves(params)
+    remembered = recall_for("assert_feasible", state, bound, leaves)
     constrained, outside = 0, []
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         constraint = leaf_bound.at(step)
@@ -198,7 +196,7 @@ def assert_feasible(
             continue
         constrained += 1
         leaf = jnp.asarray(leaf)
-        away = float(distance(leaf, constraint, (memory or {}).get(key)))
+        away = float(distance(leaf, constraint, remembered.get(key, ())))
         norm = float(_numerics.norm(leaf.astype(_numerics.compute_dtype(leaf.dtype)), None).max())
         rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(leaf.dtype) * norm
         if not away <= rounding:  # also if it is NaN
@@ -228,7 +226,7 @@ def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike, memory: Any)
         return Row(
             bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer
         )
-    projected = constraint(leaf) if memory is None else constraint.advance(leaf, memory)[0]
+    projected, _ = constraint.advance(leaf, memory)
     at_bound = constraint.on_bound(projected)
     return Row(
         bound.path,

@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
+import numpy as np
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from optax_constraints._axes import Layout, LeafLayout
 from optax_constraints._constraint import (
@@ -19,9 +21,13 @@ from optax_constraints._constraint import (
     as_constraint,
     is_builtin,
 )
+from optax_constraints._private import called_from_optax
 from optax_constraints._text import describe, warn
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
+"""What a rule asks of the path and the leaf: its shape and dtype, not its values. `project` asks
+it once for all trees of one structure with the same shapes and dtypes, so that a leaf is under
+the same rule in each step."""
 Pattern: TypeAlias = str | re.Pattern[str] | Predicate
 # Keys of a mapping are patterns; Mapping[Pattern, ...] would refuse a dict[str, ...].
 Rules: TypeAlias = Identifier | Mapping[Any, Any] | Sequence[tuple[Pattern, Any]] | None
@@ -63,14 +69,32 @@ class Bound:
         return None if self.constraint is None else self.constraint.at(step)
 
 
+def keyed(bound: list[Bound]) -> Iterator[tuple[str, Bound]]:
+    """Each leaf with the key of its memory: its path, numbered where it is not the first."""
+    taken = {leaf_bound.path for leaf_bound in bound}
+    seen: dict[str, int] = {}
+    for leaf_bound in bound:
+        path = leaf_bound.path
+        number = seen[path] = seen.get(path, 0) + 1
+        key = path if number == 1 else f"{path}#{number}"
+        while number > 1 and key in taken:  # another leaf has this very path
+            key += "#"
+        taken.add(key)
+        yield key, leaf_bound
+
+
+# Trees of which a binder keeps what it found. A training loop has one or two.
+_REMEMBERED_TREES = 16
+
+
 class Binder:
-    """Parsed rules that bind to trees, and remember the trees they were bound to."""
+    """Parsed rules that bind to trees, and remember the last trees they were bound to."""
 
     def __init__(self, rules: Rules, *, layout: Layout | None = None, strict: bool = True):
         self._rules = parse(rules)
         self._layout = layout
         self._strict = strict
-        self._cache: dict[Any, list[Bound]] = {}
+        self._cache: OrderedDict[Any, list[Bound]] = OrderedDict()
 
     @property
     def remembers(self) -> bool:
@@ -93,21 +117,20 @@ class Binder:
             TypeError: If a rule names a leaf that is not floating-point.
         """
         leaves, treedef = jax.tree.flatten(tree)
+        key = treedef, tuple(map(_shape_and_dtype, leaves))
         try:
-            key = (treedef, tuple(map(_shape_and_dtype, leaves)))
-            if key in self._cache:
-                return self._cache[key]
-        except TypeError:  # A tree whose static parts do not hash is bound each time.
-            key = None
-        bound = self._bind(tree)
-        if key is not None:
+            bound = self._cache.pop(key, None) or self._bind(tree)
             self._cache[key] = bound
+        except (TypeError, ValueError):
+            # Static parts of the tree may not hash, or, as NumPy arrays, not compare. If it was
+            # the rules, this raises again.
+            return self._bind(tree)
+        if len(self._cache) > _REMEMBERED_TREES:
+            self._cache.popitem(last=False)
         return bound
 
     def _bind(self, tree: Any) -> list[Bound]:
-        leaves = [
-            (path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        ]
+        leaves = leaves_by_path(tree)
         _check_not_flattened(leaves)
         winners = []
         matched, won = set(), set()
@@ -225,13 +248,47 @@ def _as_constraint(value: Any, rule: Rule | None = None) -> Constraint | None:
         raise type(error)(f"{where}{error}") from error
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """A leaf's path: its keys joined by "/".
+def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree in the order of `jax.tree.leaves`, each with its path.
 
-    The attribute `value` under which Flax's variables and boxes hold their array is left
-    out; a dict key of that name is not.
+    The path is the keys joined by "/". The attribute `value` under which Flax's variables and
+    boxes hold their array is left out; a key, field or attribute of that name elsewhere is not.
     """
-    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+    return [(path_of(keys), leaf) for keys, leaf in _walk(tree)]
+
+
+def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if _is_box(tree):
+        for (key,), node in tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]:
+            for rest, leaf in _walk(node):
+                yield (_BOXED if key == GetAttrKey("value") else key, *rest), leaf
+        return
+    for keys, node in tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+        for rest, leaf in _walk(node) if _is_box(node) else [((), node)]:
+            yield (*keys, *rest), leaf
+
+
+# In the place of the attribute under which a box holds an array.
+_BOXED = jax.tree_util.DictKey("value")
+
+
+def _is_box(node: Any) -> bool:
+    return _is_box_type(type(node))
+
+
+@functools.cache
+def _is_box_type(cls: type) -> bool:
+    """Whether objects of a class are variables of NNX, or boxes of metadata of Linen."""
+    names = ("Variable", "VariableState", "AxisMetadata")
+    return any(
+        base.__name__ in names and base.__module__.partition(".")[0] == "flax"
+        for base in cls.__mro__
+    )
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Keys of a leaf joined by "/", without those that boxes add at the end."""
+    while len(keys) > 1 and keys[-1] is _BOXED:
         keys = keys[:-1]
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
@@ -261,7 +318,9 @@ def _match_segments(pattern: list[str], path: list[str]) -> bool:
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     """Shape and dtype of an array, an abstract array or a Python number; else None."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return tuple(leaf.shape), leaf.dtype
+        # As a JAX array: without x64, NumPy's float64 is float32.
+        known = isinstance(leaf.dtype, np.dtype)
+        return tuple(leaf.shape), jnp.result_type(leaf.dtype) if known else leaf.dtype
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.result_type(leaf)
     return None
@@ -348,12 +407,8 @@ def _check_not_flattened(leaves: list[tuple[str, Any]]) -> None:
     """
     if len(leaves) != 1 or leaves[0][0] or getattr(leaves[0][1], "ndim", 0) != 1:
         return
-    frame = sys._getframe()
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith("optax.") and frame.f_code.co_qualname.startswith("flatten.<locals>"):
-            raise ValueError(
-                "optax.flatten hands the parameters on as one vector, in which paths and axes "
-                "are lost. Put project outside it: chain(flatten(optimizer), project(rules))."
-            )
-        frame = frame.f_back
+    if called_from_optax("flatten"):
+        raise ValueError(
+            "optax.flatten hands the parameters on as one vector, in which paths and axes "
+            "are lost. Put project outside it: chain(flatten(optimizer), project(rules))."
+        )

@@ -15,8 +15,8 @@ from optax_constraints._rules import Binder, Rules
 class TangentState(NamedTuple):
     """State of `tangent`: an ordinary pytree."""
 
-    # Optax' own name for it, though tuples have a method of that name.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    # Not `count`, as in the state of `project`.
+    updates_seen: jax.Array
     """How many updates there have been, an int32 scalar; schedules see it."""
 
 
@@ -92,7 +92,7 @@ def tangent(
             raise ValueError("tangent needs the parameters; write tx.update(grads, state, params).")
         leaves, treedef = jax.tree.flatten(params)
         # The weights are where the last update of `project` has put them.
-        step = jnp.maximum(state.count - 1, 0)
+        step = jnp.maximum(state.updates_seen - 1, 0)
         new = [
             u
             if constraint is None or is_absent(u)
@@ -101,7 +101,7 @@ def tangent(
                 bound_to(params), leaves, treedef.flatten_up_to(updates), strict=True
             )
         ]
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(new), TangentState(count)
+        seen = jnp.asarray(optax.safe_increment(state.updates_seen))
+        return treedef.unflatten(new), TangentState(seen)
 
     return optax.GradientTransformationExtraArgs(init, update)

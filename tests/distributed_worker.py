@@ -217,7 +217,7 @@ def programs(group: str) -> tuple[Any, Any, Any]:
 
     def step(params, state, grads):
         # The same in all runs, to the bit, so that Adam does not blow up small differences.
-        grads = jax.tree.map(lambda g: g * jnp.cos(state[1].count.astype(g.dtype)), grads)
+        grads = jax.tree.map(lambda g: g * jnp.cos(state[1].updates_seen.astype(g.dtype)), grads)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

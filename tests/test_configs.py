@@ -1,5 +1,6 @@
 """Identifiers and configs: `get`, `serialize`, `deserialize`, `register`."""
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -896,13 +897,36 @@ def test_different_fields_are_not_equal(a, b):
 @pytest.mark.parametrize(
     "kind", [oc.MaxNorm, oc.MinMaxNorm, oc.MaxRMS, oc.FixedNorm, oc.SumTo, oc.Simplex]
 )
-def test_arrays_count_by_identity(kind, make):
-    one, other = make(0.5), make(0.5)
-    assert kind(one) == kind(one)
-    assert hash(kind(one)) == hash(kind(one))
+def test_arrays_count_by_value(kind, make):
+    one, same, other = make(0.5), make(0.5), make(0.25)
+    assert kind(one) == kind(same)
+    assert hash(kind(one)) == hash(kind(same))
+    assert {kind(one): "found"}[kind(same)] == "found"
     assert kind(one) != kind(other)
     assert kind(one) != kind(0.5)
-    assert {kind(one): "found"}[kind(one)] == "found"
+    assert kind(one) != kind(np.array(0.5, np.float16))
+
+
+@pytest.mark.parametrize("kind", [oc.Box, oc.Hyperplane, lambda a: oc.Stacked(oc.Mask(a))])
+def test_arrays_of_another_shape_are_not_equal(kind):
+    one = kind(np.array([1.0, np.pi]))
+    assert one == kind(np.array([1.0, np.pi])) == copy.deepcopy(one)
+    assert hash(one) == hash(copy.deepcopy(one))
+    assert one != kind(np.array([[1.0, np.pi]]))
+    assert one != kind(np.array([1.0, 3.0]))
+    assert one != kind(np.array([1.0, np.pi], np.float32))
+
+
+def test_a_traced_number_equals_itself_only():
+    def compared(number, other):
+        constraint = oc.max_norm(number)
+        assert constraint == oc.max_norm(number)
+        assert hash(constraint) == hash(oc.max_norm(number))
+        assert constraint != oc.max_norm(other)
+        assert constraint != oc.max_norm(jnp.float32(1.0))
+        return number
+
+    jax.jit(compared)(1.0, 1.0)
 
 
 def test_a_subclass_is_not_equal_to_its_base():

@@ -221,7 +221,7 @@ def test_steps_scans_and_accumulation(case: Case):
     assert not start.is_deleted()
     assert bits(params) == bits(seen[-1])
     assert avals(state) == avals(sparse.init(start))
-    assert int(state[-1].count) == len(gradients)
+    assert int(state[-1].updates_seen) == len(gradients)
     # From weights that are not in the set, p + (t - p) rounds; with every=1 they are.
     rounds = isinstance(constraint, (oc.Grid, oc.Symmetric, oc.SkewSymmetric))
     for projected in seen[1::2]:

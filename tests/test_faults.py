@@ -139,7 +139,7 @@ def test_a_restored_state_of_its_own_rules_goes_on(tmp_path):
     back = optax.apply_updates(params, updates)["out"]["kernel"]
     want = norms(float64(PARAMS["out"]["kernel"]), None)
     np.testing.assert_allclose(norms(float64(back), None), want, rtol=1e-6)
-    assert int(state.count) == 1
+    assert int(state.updates_seen) == 1
 
 
 def _wider(params):
@@ -186,7 +186,7 @@ def test_a_restored_state_of_something_else_is_refused(
     rules = {"kernel": oc.max_norm("init"), "bias": oc.non_neg()}
     saved = _saved(tmp_path / "other", oc.project(saved_rules), saved_params)
     state = oc.ProjectState(**saved["project"])
-    assert int(state.count) == 0
+    assert int(state.updates_seen) == 0
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     tx = oc.project(rules)
     use = {

@@ -380,7 +380,7 @@ def test_feasible_weights_do_not_shrink():
     )
 
     params, state = ours(start)
-    assert state.count == steps
+    assert state.updates_seen == steps
     np.testing.assert_array_equal(np.asarray(params).view(np.int32), start.view(np.int32))
     # A norm n loses n * 1e-7 / (n + 1e-7) on each step: very nearly 1e-7.
     np.testing.assert_allclose(norms_of(theirs(start, 1_000), 0), 9e-4, rtol=1e-3)

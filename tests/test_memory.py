@@ -152,9 +152,29 @@ def test_the_other_verbs_take_the_state():
     np.testing.assert_allclose(
         found["out/kernel"], norms(float64(PARAMS["out"]["kernel"]), None)[0, 0], rtol=1e-5
     )
-    assert oc.violations(twice, RULES)["out/kernel"] == 0
     rows = {row.path: row for row in oc.report(twice, RULES, state=state).rows}
     np.testing.assert_allclose(rows["out/kernel"].outside, found["out/kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("verb", [oc.violations, oc.report, oc.assert_feasible])
+def test_what_is_relative_to_init_needs_the_state(verb):
+    name = verb.__name__
+    message = (
+        rf"^{name}: FixedNorm\('init'\) on 'dense/kernel' is relative to what the weights were at "
+        rf"init.*write {name}\(params, rules, state=state\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        verb(PARAMS, RULES)
+    verb({"bias": PARAMS["dense"]["bias"]}, {"bias": oc.non_neg()})
+
+
+@pytest.mark.parametrize("verb", [oc.violations, oc.report, oc.assert_feasible, oc.constrain])
+def test_the_states_of_two_models_are_refused(verb):
+    tx = optax.chain(optax.sgd(0.1), oc.project(RULES))
+    both = {"generator": tx.init(PARAMS), "critic": tx.init(jax.tree.map(jnp.ones_like, PARAMS))}
+    with pytest.raises(ValueError, match=r"several states of project .* 'dense/kernel', such as"):
+        verb(PARAMS, RULES, state=both)
+    verb(PARAMS, RULES, state=both["generator"])
 
 
 def test_a_state_without_project_is_refused():
@@ -324,5 +344,6 @@ def test_relative_bounds_have_a_json_form():
 
 
 def test_the_report_does_not_guess_which_units_are_at_a_relative_bound():
-    (row,) = oc.report(PARAMS["out"]["kernel"], oc.max_norm("2x init")).rows
+    w, constraint = PARAMS["out"]["kernel"], oc.max_norm("2x init")
+    (row,) = oc.report(w, constraint, state=oc.project(constraint).init(w)).rows
     assert (row.constraint, row.units) == ("MaxNorm('2x init')", None)

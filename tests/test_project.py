@@ -85,7 +85,7 @@ def test_a_small_column_survives_10_000_steps():
 
     (after, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=10_000)
     assert bits(after["kernel"]) == bits(params["kernel"])
-    assert state.count == 10_000
+    assert state.updates_seen == 10_000
 
 
 def test_params_are_needed():
@@ -110,9 +110,13 @@ def test_the_state_is_a_count_of_updates():
     tx = oc.project(RULES)
     state = tx.init(params)
     assert isinstance(state, oc.ProjectState)
-    assert (state.count.dtype, state.count.shape, int(state.count)) == (jnp.int32, (), 0)
+    assert (state.updates_seen.dtype, state.updates_seen.shape, int(state.updates_seen)) == (
+        jnp.int32,
+        (),
+        0,
+    )
     _, state = tx.update(gradient(0), state, params)
-    assert int(state.count) == 1
+    assert int(state.updates_seen) == 1
 
 
 def bounds_seen(tx, steps: int) -> list[float]:

@@ -93,7 +93,9 @@ def test_projected_units_count_as_at_their_bound(dtype):
 
 @pytest.mark.parametrize("make", [oc.max_norm, oc.max_rms, functools.partial(oc.min_max_norm, 0.0)])
 def test_bounds_relative_to_init_are_not_known_here(make):
-    assert oc.report({"w": jnp.eye(3)}, make("init")).rows[0].at_bound is None
+    params, rules = {"w": jnp.eye(3)}, make("init")
+    state = oc.project(rules).init(params)
+    assert oc.report(params, rules, state=state).rows[0].at_bound is None
 
 
 def test_numbers_are_those_of_the_step():

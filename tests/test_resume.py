@@ -223,7 +223,7 @@ def test_without_the_saved_state_a_run_takes_another_course(lost):
     saved = take(run, run.start, SAVED)
     adam, *projects = saved["state"]
     if lost == "count":
-        state = (adam, *(oc.ProjectState(jnp.zeros_like(p.count)) for p in projects))
+        state = (adam, *(oc.ProjectState(jnp.zeros_like(p.updates_seen)) for p in projects))
     else:
         state = (run.start["state"][0], *projects)
     wanted = digests(run.params(take(run, saved, STEPS - SAVED)))

@@ -72,7 +72,7 @@ def test_none_leaves_a_gradient_as_it_is():
     assert bits(updates["bias"]) == bits(grads["bias"])
     radial = jnp.sum(jnp.asarray(updates["kernel"]) * params["kernel"], axis=0)
     np.testing.assert_allclose(radial, 0, atol=1e-6)
-    assert state.count == 1
+    assert state.updates_seen == 1
 
 
 def test_a_set_of_ones_own():
@@ -112,7 +112,9 @@ def test_a_schedule_is_that_of_the_last_projection():
         w = optax.apply_updates(w, updates)
         np.testing.assert_allclose(jnp.linalg.norm(jnp.asarray(w)), norm, rtol=1e-6)
     only = oc.tangent(constraint)
-    part, _ = only.update(jnp.array([0.8, -0.6]), only.init(w)._replace(count=state[0].count), w)
+    part, _ = only.update(
+        jnp.array([0.8, -0.6]), only.init(w)._replace(updates_seen=state[0].updates_seen), w
+    )
     np.testing.assert_allclose(jnp.vdot(part, w), 0, atol=1e-6)
 
 

@@ -423,7 +423,7 @@ def test_training_stays_in_the_sets(name):
     tx = optax.chain(case.optimizer(), oc.project(case.rules))
     params, state = train(case, tx)
     assert jax.tree.structure(params) == jax.tree.structure(case.params)
-    assert int(state[-1].count) == 4
+    assert int(state[-1].updates_seen) == 4
     before, after = case.parts(case.params), case.parts(params)
     check_sets(after)
     check_free(before, after)
@@ -593,7 +593,7 @@ def test_a_tree_without_leaves(empty, rules):
     if empty is not None:
         updates, state = tx.update(empty, state, empty)
         assert jax.tree.structure(updates) == jax.tree.structure(empty)
-        assert state.count == 1
+        assert state.updates_seen == 1
     assert jax.tree.leaves(oc.constrain(empty, rules)) == []
     assert oc.violations(empty, rules) == {}
     assert oc.report(empty, rules).rows == ()
@@ -686,5 +686,5 @@ def test_tree_map_params_over_the_state():
     assert jax.tree.structure(marked) == jax.tree.structure(state)
     np.testing.assert_array_equal(marked[0][0].mu["layer0"]["w"], np.full((3, 8), 7))
     # Nothing in the state of project belongs to a parameter.
-    assert int(marked[-1].count) == int(state[-1].count) == 4
-    assert any(leaf is state[-1].count for leaf in counts)
+    assert int(marked[-1].updates_seen) == int(state[-1].updates_seen) == 4
+    assert any(leaf is state[-1].updates_seen for leaf in counts)

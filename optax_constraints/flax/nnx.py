@@ -39,7 +39,7 @@ from flax.nnx.training.optimizer import to_opt_state
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint, as_constraint
 from optax_constraints._project import constrain_bound, remember
-from optax_constraints._rules import Binder, Rules, path_of
+from optax_constraints._rules import Binder, Rules, leaves_by_path
 from optax_constraints._text import describe, shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.sets import Stacked
@@ -492,8 +492,7 @@ class Optimizer(nnx.Optimizer):
         super().__init__(model, tx, wrt=wrt, **options)
         params = nnx.state(model, wrt)
         if rules is None:
-            paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-            trained = {"/" + glob.escape(path) for path in paths}
+            trained = {"/" + glob.escape(path) for path, _ in leaves_by_path(params)}
             rules = {p: constraint for p, constraint in declared(model).items() if p in trained}
             if not rules:
                 raise ValueError(

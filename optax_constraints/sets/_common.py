@@ -1,9 +1,8 @@
 """What the families share: units along axes, and matrices."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from optax_constraints._axes import (
     remove_axes,
     settle_axis,
 )
-from optax_constraints._constraint import Constraint
-from optax_constraints._sharding import automatic, explicit_axes
+from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets.combinators import Stacked
 
@@ -41,6 +40,7 @@ class UnitSet(Constraint):
     axis: Axis
 
     def __post_init__(self):
+        own_arrays(self)
         object.__setattr__(self, "axis", check_axis(type(self).__name__, self.axis))
 
     def _widen(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
@@ -64,6 +64,7 @@ class MatrixSet(Constraint):
     axis: Axis
 
     def __post_init__(self):
+        own_arrays(self)
         object.__setattr__(self, "axis", check_axis(type(self).__name__, self.axis))
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -76,14 +77,7 @@ class MatrixSet(Constraint):
 
     def _anywhere(self, method: Any, w: jax.Array, spec: PartitionSpec | None = None) -> Any:
         """`method(self, w)`, also on a mesh with Explicit axes, where arrays have to go along."""
-        if not explicit_axes(w):
-            return method(self, w)
-        this = cast(Any, self)
-        values = {f.name: getattr(this, f.name) for f in dataclasses.fields(this)}
-        arrays = {name: v for name, v in values.items() if isinstance(v, jax.Array)}
-        return automatic(
-            lambda w, arrays: method(dataclasses.replace(this, **arrays), w), w, arrays, spec=spec
-        )
+        return automatic(lambda w, this: method(this, w), w, self, spec=spec)
 
     def _whole(self, w: jax.Array) -> jax.Array:
         matrices, restore = self._matrices(w)
@@ -148,9 +142,9 @@ class MatrixSet(Constraint):
         axis = settle_axis(type(self).__name__, self.axis, shape, path, layout)
         stacked = layout.stacked if layout is not None else ()
         if not stacked or self.axis != "fan_in":
-            settled = dataclasses.replace(self, axis=axis)  # pyright: ignore[reportArgumentType]
+            settled = self._replace(axis=axis)
             settled._check(path, shape)
             return settled
-        inner = dataclasses.replace(self, axis=remove_axes(axis, stacked))  # pyright: ignore[reportArgumentType]
+        inner = self._replace(axis=remove_axes(axis, stacked))
         inner._check(path, drop_axes(shape, stacked))
         return Stacked(inner, stacked)

@@ -26,8 +26,8 @@ from optax_constraints._constraint import (
     Number,
     as_constraint,
     check_number,
-    is_concrete,
     number,
+    own_arrays,
     value,
 )
 from optax_constraints._sharding import automatic, explicit_axes
@@ -143,8 +143,8 @@ class Stacked(_Around):
         )
         inner = self.constraint.settle(path, drop_axes(shape, axes), own_layout)
         if inner.unitwise:
-            return dataclasses.replace(inner, axis=insert_axes(inner.axis, axes))
-        return Stacked(inner, axes)
+            return inner._replace(axis=insert_axes(inner.axis, axes))
+        return self._replace(constraint=inner, axis=axes)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary, over all slices."""
@@ -187,9 +187,12 @@ class Soft(_Around):
 
     def __post_init__(self):
         super().__post_init__()
+        own_arrays(self)
         check_number("Soft", "rate", self.rate, low=0, high=1)
 
+    # It is no projection, whatever the set.
     elementwise = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    convex = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     smooth = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -211,13 +214,14 @@ class Soft(_Around):
         wide = projected.astype(dtype)
         # From the projection back, so that a rate of 1 and weights inside give exactly that.
         away = (1 - value(self.rate, dtype)) * (w.astype(dtype) - wide)
-        return (wide + away).astype(w.dtype)
+        # A zero keeps its sign.
+        return jnp.where(projected == w, projected, (wide + away).astype(w.dtype))
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """The constraint with the axes of the constraint inside settled."""
-        return Soft(self.constraint.settle(path, shape, layout), self.rate)
+        return self._replace(constraint=self.constraint.settle(path, shape, layout))
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary of the set inside."""
@@ -323,7 +327,7 @@ class Part(_Around):
             remove_axes(layout.stacked, gone),
         )
         inner = self.constraint.settle(path, _part_shape(shape, index), own_layout)
-        return Part(inner, self.index)
+        return self._replace(constraint=inner)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of the part lie on the boundary."""
@@ -407,10 +411,6 @@ class _Several(Constraint):
             )
         object.__setattr__(self, "constraints", tuple(_part(name, c) for c in given))
 
-    def _with(self, constraints: list[Constraint]) -> Constraint:
-        """The same of other constraints."""
-        raise NotImplementedError
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Makes it from what `get_config` returned."""
@@ -431,17 +431,27 @@ class _Several(Constraint):
 
     def at(self, step: jax.typing.ArrayLike) -> Constraint:
         """This constraint with each schedule inside replaced by its value."""
-        return self._with([c.at(step) for c in self.constraints])
+        return self._replace(constraints=tuple(c.at(step) for c in self.constraints))
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """This constraint with the axes of the constraints inside settled."""
-        return self._with([c.settle(path, shape, layout) for c in self.constraints])
+        settled = tuple(c.settle(path, shape, layout) for c in self.constraints)
+        return self._replace(constraints=settled)
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one array; what is remembered of init is that of this array."""
+        w = jnp.asarray(w)
+        return self.advance(w, self.remember(w))[0]
 
     def remember(self, w: jax.Array) -> Any:
         """What each constraint remembers."""
         return tuple(c.remember(w) for c in self.constraints)
+
+    def _each(self, memory: Any) -> Any:
+        """What is remembered, for each constraint."""
+        return memory if self.remembers else ((),) * len(self.constraints)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -474,28 +484,18 @@ class Compose(_Several):
         """Takes the constraints as they are named in a rule."""
         self._take(constraints)
 
-    def _with(self, constraints: list[Constraint]) -> Constraint:
-        return Compose(*constraints)
-
     @property
     def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all of them are."""
         return all(c.elementwise for c in self.constraints)
 
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one array by each constraint in turn."""
-        w = jnp.asarray(w)
-        for constraint in self.constraints:
-            w = constraint(w)
-        return w
-
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects one array with the help of what each constraint remembers."""
         new = []
-        for constraint, own in zip(self.constraints, memory or self.remember(w), strict=True):
+        for constraint, own in zip(self.constraints, self._each(memory), strict=True):
             w, own = constraint.advance(w, own)
             new.append(own)
-        return w, tuple(new) if memory else memory
+        return w, tuple(new) if self.remembers else memory
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary of the last set."""
@@ -563,34 +563,42 @@ class Intersection(_Several):
 
     convex = True
 
-    def _with(self, constraints: list[Constraint]) -> Constraint:
-        return Intersection(*constraints, iterations=self.iterations)
-
     @property
     def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all of them are planes, which a smooth convex set is."""
         return all(c.smooth for c in self.constraints)
 
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one floating-point array; computes in float32 or wider."""
-        return self.advance(jnp.asarray(w), None)[0]
-
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        """Projects one array; the sets take from memory what they remember of init."""
-        memory = memory or self.remember(w)
-        # Compiled as a whole, where nothing inside is traced already.
-        run = _dykstra_compiled if is_concrete(self) else _dykstra
-        return run(self, w, memory), memory
+        """Projects one floating-point array; computes in float32 or wider."""
+        wide = w.astype(_numerics.compute_dtype(w.dtype))
+        return _nearest_of_all(self, self._each(memory), wide).astype(w.dtype), memory
 
 
-def _dykstra(intersection: Intersection, w: jax.Array, memory: Any) -> jax.Array:
+# Compiled by itself, so that calls outside jit find the program they made before.
+@jax.jit
+def _nearest_of_all(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
     constraints = intersection.constraints
-    wide = w.astype(_numerics.compute_dtype(w.dtype))
-    tolerance = _numerics.eps(wide.dtype) / 2
+    if intersection.smooth:
+        x = _dykstra(intersection, memory, jax.lax.stop_gradient(w))
+        return _on_flats(constraints, memory, w, x)
+    x = _dykstra(intersection, memory, w)
+    # At an allowed point the iteration ends after one round, and so would its derivative.
+    return jax.lax.cond(
+        jnp.all(x == w),
+        lambda x: _on_flats(constraints, memory, w, jax.lax.stop_gradient(x)),
+        lambda x: x,
+        x,
+    )
+
+
+def _dykstra(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
+    """The last round's result."""
+    constraints = intersection.constraints
+    tolerance = _numerics.eps(w.dtype) / 2
 
     def round_(carry: Any) -> Any:
         x, taken, _ = carry
-        changed, new = jnp.zeros((), bool), []
+        changed, new = jnp.any(x != x), []
         for constraint, own, before in zip(constraints, memory, taken, strict=True):
             y = x + before
             x, _ = constraint.advance(y, own)
@@ -603,10 +611,43 @@ def _dykstra(intersection: Intersection, w: jax.Array, memory: Any) -> jax.Array
     def step(carry: Any, _: None) -> tuple[Any, None]:
         return jax.lax.cond(carry[-1], round_, lambda carry: carry, carry), None
 
-    start = wide, (jnp.zeros_like(wide),) * len(constraints), jnp.ones((), bool)
+    start = w, (jnp.zeros_like(w),) * len(constraints), jnp.any(w == w)
     # A scan, and not a loop until nothing changes, has a reverse mode.
     (x, _, _), _ = jax.lax.scan(step, start, length=intersection.iterations)
-    return x.astype(w.dtype)
+    return x
 
 
-_dykstra_compiled = jax.jit(_dykstra, static_argnums=0)
+@jax.custom_jvp
+def _on_flats(constraints: Any, memory: Any, w: jax.Array, x: jax.Array) -> jax.Array:
+    """The projection `x` of `w`, where each derivative is itself an orthogonal projection.
+
+    So it is at allowed points, onto the tangent spaces of flat sets and the whole space for
+    others. What they share is the null space of the sum of what they take away, and conjugate
+    gradients find the nearest point of that.
+    """
+    del constraints, memory, w
+    return x
+
+
+@_on_flats.defjvp
+def _on_flats_jvp(primals: Any, tangents: Any) -> Any:
+    constraints, memory, _, x = primals
+    dconstraints, dmemory, dw, _ = tangents
+
+    def taken(x: jax.Array, constraints: Any, memory: Any) -> jax.Array:
+        """What the projections take from a point, in all."""
+        parts = zip(constraints, memory, strict=True)
+        return sum((x - c.advance(x, own)[0] for c, own in parts), start=jnp.zeros_like(x))
+
+    def linear(v: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: taken(x, constraints, memory), (x,), (v,))[1]
+
+    _, excess = jax.jvp(taken, (x, constraints, memory), (dw, dconstraints, dmemory))
+
+    def solve(linear: Any, b: jax.Array) -> jax.Array:
+        tolerance = 4 * _numerics.eps(b.dtype)
+        return jax.scipy.sparse.linalg.cg(linear, b, tol=tolerance, maxiter=100)[0]
+
+    # Around cg, whose own derivative JAX cannot transpose under a condition.
+    share = jax.lax.custom_linear_solve(linear, excess, solve, symmetric=True)
+    return x, dw - share

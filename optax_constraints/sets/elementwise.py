@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout
-from optax_constraints._constraint import Constraint, check_number, number, value
+from optax_constraints._constraint import Constraint, check_number, number, own_arrays, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
@@ -72,7 +72,8 @@ class NonNeg(_Elementwise):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape."""
         w = jnp.asarray(w)
-        return jnp.maximum(w, jnp.zeros((), w.dtype))
+        zero = jnp.zeros((), w.dtype)
+        return jnp.where(w < zero, zero, w)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -110,6 +111,7 @@ class Box(_Elementwise):
     upper: Any = number(None)
 
     def __post_init__(self):
+        own_arrays(self)
         for name in ("lower", "upper"):
             bound = getattr(self, name)
             if isinstance(bound, (list, tuple)) or np.ndim(cast(Any, bound)) > 0:
@@ -145,11 +147,14 @@ class Box(_Elementwise):
         """Projects one array of any shape to which the bounds broadcast."""
         w = jnp.asarray(w)
         self.settle("", w.shape)
-        return jnp.clip(
-            w,
-            None if self.lower is None else value(self.lower, w.dtype),
-            None if self.upper is None else value(self.upper, w.dtype),
-        )
+        # Not jnp.clip, which makes +0 of -0, and whose derivative at a bound is a half.
+        if self.lower is not None:
+            lower = value(self.lower, w.dtype)
+            w = jnp.where(w < lower, lower, w)
+        if self.upper is not None:
+            upper = value(self.upper, w.dtype)
+            w = jnp.where(w > upper, upper, w)
+        return w
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -209,6 +214,7 @@ class Mask(_Elementwise):
     def __post_init__(self):
         if not callable(self.mask):
             object.__setattr__(self, "mask", _array("Mask", "mask", self.mask))
+        own_arrays(self)
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape to which the mask broadcasts."""

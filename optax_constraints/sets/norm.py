@@ -43,25 +43,29 @@ class _NormSet(UnitSet):
 
     def remember(self, w: jax.Array) -> Any:
         """The norm of each unit, if a bound is relative to it."""
-        return self._norm(w) if self.remembers else ()
+        return self._norm(w)[0] if self.remembers else ()
 
-    def _norm(self, w: jax.Array) -> jax.Array:
+    def _norm(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The norm of each unit, and the weights in its dtype."""
         wide, axis = self._widen(w)
-        return _numerics.norm(wide, axis) / self._one(_size(wide, axis))
+        return _numerics.norm(wide, axis) / self._one(_size(wide, axis)), wide
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one floating-point array; norms are taken in float32 or wider."""
-        return self.advance(jnp.asarray(w), None)[0]
+        """Projects one floating-point array; norms are taken in float32 or wider.
+
+        Bounds that are relative to init are relative to the norms that it has.
+        """
+        w = jnp.asarray(w)
+        norm, wide = self._norm(w)
+        scale = self._scale(norm, jax.lax.stop_gradient(norm))
+        return (wide * scale).astype(w.dtype)
 
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        """Projects one array with its norms at init, or as if they were those it has now."""
-        wide, axis = self._widen(w)
-        norm = _numerics.norm(wide, axis) / self._one(_size(wide, axis))
-        scale = self._scale(norm, self._at_init(norm, memory))
-        return (wide * scale).astype(w.dtype), memory
-
-    def _at_init(self, norm: jax.Array, memory: Any) -> jax.Array:
-        return memory if isinstance(memory, jax.Array) else jax.lax.stop_gradient(norm)
+        """Projects one array with the norms that it had at init."""
+        if not self.remembers:
+            return self(w), memory
+        norm, wide = self._norm(w)
+        return (wide * self._scale(norm, memory)).astype(w.dtype), memory
 
     def update(
         self,
@@ -76,17 +80,20 @@ class _NormSet(UnitSet):
         a second pass waits long. So entries count as `_square_limit` at most here, which is
         above 1e15 for a unit of up to 4 million weights in float32: beyond, the result is
         still in the set, with the signs of the sum, but not the nearest point. A sum whose
-        square underflows, with a norm below 1e-19 or so, counts as zero.
+        square underflows, with a norm below 1e-19 or so, counts as zero. An infinite entry
+        makes NaN of its unit, as it does without the limit.
         """
         wide, axis = self._widen(params)
         size = _size(wide, axis)
         limit = _square_limit(wide.dtype, size)
         turn = limit if after is None else _wait(after, limit)
+        moved = updates.astype(wide.dtype)
+        total = wide + moved
         # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
         # optimizer's arithmetic and keeps the result for both passes.
-        wide = jnp.clip(wide, -limit, limit) + jnp.clip(updates.astype(wide.dtype), -turn, turn)
-        norm = jnp.sqrt(_numerics.sum_of_squares(wide, axis)) / self._one(size)
-        scale = self._scale(norm, self._at_init(norm, memory))
+        wide = jnp.clip(wide, -limit, limit) + (jnp.clip(moved, -turn, turn) + (total - total))
+        norm = _numerics.plain_norm(wide, axis) / self._one(size)
+        scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
         target = (wide * scale).astype(params.dtype)
         dtype = jnp.promote_types(params.dtype, updates.dtype)
         after = jnp.max(scale) if scale.size else after
@@ -132,14 +139,20 @@ def _tolerance(norm: jax.Array) -> float:
     return 4 * _numerics.eps(norm.dtype)
 
 
+def _over(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many times `bound` a norm is, NaN if infinite; and 0 for a bound of 0, else 1."""
+    tiny = jnp.finfo(norm.dtype).tiny
+    return norm / jnp.maximum(bound, tiny) + (norm - norm), jnp.clip(bound / tiny, 0, 1)
+
+
 def _at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
     """The factor that takes `norm` down to `bound`.
 
     The choice stands under the division: around it, XLA's CPU backend would no longer fuse
     the factor with the weights and keep one more copy of them.
     """
-    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
-    return 1 / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
+    ratio, one = _over(norm, bound)
+    return one / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
 
 
 def _is_zero(norm: jax.Array) -> jax.Array:
@@ -155,10 +168,10 @@ def _at_least(norm: jax.Array, bound: jax.Array) -> jax.Array:
 
 def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
     """The factor that takes `norm` to `bound`; a unit of zeros has no direction: 1."""
-    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
+    ratio, one = _over(norm, bound)
     # Only the value snaps to 1: the derivative there is that of w / ||w||.
     error = jnp.where(jnp.abs(ratio - 1) <= _tolerance(norm), 1 - ratio, 0)
-    return 1 / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
+    return one / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,7 +217,7 @@ class MaxNorm(_NormSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose norm is the bound, up to rounding; None if it is relative."""
-        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
+        return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,7 +260,7 @@ class MaxRMS(_NormSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose root mean square is the bound, up to rounding; None if relative."""
-        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
+        return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -302,8 +315,8 @@ class MinMaxNorm(_NormSet):
 
     @property
     def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
-        """Whether there is no lower bound."""
-        return isinstance(self.min_value, (int, float)) and self.min_value == 0
+        """Whether there is no lower bound, and each step goes all the way."""
+        return _is_number(self.min_value, 0) and _is_number(self.rate, 1)
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         low, high = (_in_numbers(b, at_init) for b in (self.min_value, self.max_value))
@@ -315,7 +328,7 @@ class MinMaxNorm(_NormSet):
         """The units whose norm is one of the bounds, up to rounding; None if one is relative."""
         if self.remembers:
             return None
-        norm = self._norm(w)
+        norm, _ = self._norm(w)
         low = norm <= _in_numbers(self.min_value, norm) * (1 + 2 * _numerics.eps(w.dtype))
         return low | _reaches(norm, self.max_value, w.dtype)
 
@@ -355,7 +368,7 @@ class UnitNorm(_NormSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w) > 0
+        return self._norm(w)[0] > 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -400,7 +413,12 @@ class FixedNorm(_NormSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w) > 0
+        return self._norm(w)[0] > 0
+
+
+def _is_number(given: Bound, number: int) -> bool:
+    """Whether a hyperparameter is known to be this number, now and later."""
+    return isinstance(given, (int, float)) and given == number
 
 
 def _reaches(norm: jax.Array, bound: Bound, dtype: jnp.dtype) -> jax.Array:
