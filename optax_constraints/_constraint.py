@@ -59,7 +59,8 @@ class Constraint:
     no more than another `axis`."""
 
     convex: ClassVar[bool] = False
-    """Whether the set is known to be convex, so that its nearest points are unique."""
+    """Whether this is the projection onto a set that is known to be convex, so that nearest
+    points are unique. A map that goes only a part of the way is none."""
 
     smooth: ClassVar[bool] = False
     """Whether the set is a smooth one, such as a sphere or a plane: the derivative of the
@@ -509,6 +510,11 @@ def check_number(
         bounds = f"at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{what} is not allowed; write a number {bounds}.")
     return concrete
+
+
+def is_number(given: Any, number: int) -> bool:
+    """Whether a hyperparameter is known to be this number, now and in each step."""
+    return isinstance(given, (int, float)) and given == number
 
 
 def _check_scalar(what: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -26,6 +26,7 @@ from optax_constraints._constraint import (
     Number,
     as_constraint,
     check_number,
+    is_number,
     number,
     own_arrays,
     value,
@@ -190,9 +191,12 @@ class Soft(_Around):
         own_arrays(self)
         check_number("Soft", "rate", self.rate, low=0, high=1)
 
-    # It is no projection, whatever the set.
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside is, and each step goes all the way."""
+        return self.constraint.convex and is_number(self.rate, 1)
+
     elementwise = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-    convex = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     smooth = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -645,9 +649,36 @@ def _on_flats_jvp(primals: Any, tangents: Any) -> Any:
     _, excess = jax.jvp(taken, (x, constraints, memory), (dw, dconstraints, dmemory))
 
     def solve(linear: Any, b: jax.Array) -> jax.Array:
-        tolerance = 4 * _numerics.eps(b.dtype)
-        return jax.scipy.sparse.linalg.cg(linear, b, tol=tolerance, maxiter=100)[0]
+        # Not for b itself, of which the null space has a share in reverse mode.
+        return _conjugate_gradients(linear, _conjugate_gradients(linear, linear(b)))
 
-    # Around cg, whose own derivative JAX cannot transpose under a condition.
     share = jax.lax.custom_linear_solve(linear, excess, solve, symmetric=True)
-    return x, dw - share
+    return _on_flats(*primals), dw - share
+
+
+def _conjugate_gradients(linear: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:
+    """The least solution of a symmetric, semidefinite system that has one.
+
+    Not `jax.scipy.sparse.linalg.cg`: once the residual is rounding, steps along the null space
+    are unbounded. So this ends there, and returns the best that it has seen.
+    """
+    enough = (4 * _numerics.eps(b.dtype)) ** 2 * jnp.vdot(b, b)
+
+    def going(state: Any) -> jax.Array:
+        k, _, _, _, square, _, least = state
+        return (k < 100) & (square > enough) & (square < 100 * least)
+
+    def step(state: Any) -> Any:
+        k, x, residual, direction, square, best, least = state
+        image = linear(direction)
+        length = jnp.vdot(direction, image)
+        size = square / jnp.where(length > 0, length, 1)
+        x, residual = x + size * direction, residual - size * image
+        new = jnp.vdot(residual, residual)
+        direction = residual + new / square * direction
+        best = jnp.where(new < least, x, best)
+        return k + 1, x, residual, direction, new, best, jnp.minimum(new, least)
+
+    zero, square = jnp.zeros_like(b), jnp.vdot(b, b)
+    start = jnp.zeros((), jnp.int32), zero, b, b, square, zero, square
+    return jax.lax.while_loop(going, step, start)[5]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
-from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._constraint import Number, check_number, is_number, number, value
 from optax_constraints._text import shown
 from optax_constraints.sets._common import UnitSet
 
@@ -316,7 +316,7 @@ class MinMaxNorm(_NormSet):
     @property
     def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
         """Whether there is no lower bound, and each step goes all the way."""
-        return _is_number(self.min_value, 0) and _is_number(self.rate, 1)
+        return is_number(self.min_value, 0) and is_number(self.rate, 1)
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         low, high = (_in_numbers(b, at_init) for b in (self.min_value, self.max_value))
@@ -414,11 +414,6 @@ class FixedNorm(_NormSet):
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
         return self._norm(w)[0] > 0
-
-
-def _is_number(given: Bound, number: int) -> bool:
-    """Whether a hyperparameter is known to be this number, now and later."""
-    return isinstance(given, (int, float)) and given == number
 
 
 def _reaches(norm: jax.Array, bound: Bound, dtype: jnp.dtype) -> jax.Array:
