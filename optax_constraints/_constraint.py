@@ -138,7 +138,7 @@ class Constraint:
         Returns:
             The tangent part, in the dtype of `v`.
         """
-        dtype = jnp.promote_types(compute_dtype(w.dtype), v.dtype)
+        dtype = compute_dtype(w.dtype, v.dtype)
         return jax.jvp(self, (w.astype(dtype),), (v.astype(dtype),))[1].astype(v.dtype)
 
     def at(self, step: jax.typing.ArrayLike) -> "Constraint":
@@ -272,7 +272,8 @@ class Constraint:
 @jax.custom_jvp
 def _nudge(delta: jax.Array, reached: jax.Array, allowed: jax.Array) -> jax.Array:
     """`delta`, one step further where what it reached is not what is allowed there."""
-    towards = jnp.where(allowed > reached, jnp.inf, -jnp.inf).astype(delta.dtype)
+    most = jnp.finfo(delta.dtype).max
+    towards = jnp.where(allowed > reached, most, -most).astype(delta.dtype)
     outside = (allowed > reached) | (allowed < reached)
     return jnp.where(outside, jnp.nextafter(delta, towards), delta)
 

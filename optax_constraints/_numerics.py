@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def compute_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype in which norms of a leaf are taken: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which norms of a leaf are taken: float32, or float64 if one is float64."""
+    return jnp.dtype(jnp.float64 if jnp.float64 in map(jnp.dtype, dtypes) else jnp.float32)
 
 
 def eps(dtype: jax.typing.DTypeLike) -> float:

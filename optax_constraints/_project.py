@@ -338,8 +338,8 @@ def memory_in(state: Any) -> Any:
         if twice:
             raise ValueError(
                 f"There are several states of project here that remember {twice[0]!r}, such as "
-                "those of two models; pass the one of these parameters alone, as in "
-                "state=states['generator']."
+                "those of two models, or of a chain with project in it twice; pass the one of "
+                "these parameters alone, as in state=states['generator'] or state=state[-1]."
             )
         memory.update(own)
     return memory or ()

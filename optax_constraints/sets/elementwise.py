@@ -53,6 +53,11 @@ def _check_broadcasts(
         )
 
 
+def _beside(array: jax.Array, w: jax.Array) -> jax.Array:
+    """An array that broadcasts to the weights, with as many axes."""
+    return array.reshape((1,) * (w.ndim - array.ndim) + array.shape)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class NonNeg(_Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
@@ -148,13 +153,20 @@ class Box(_Elementwise):
         w = jnp.asarray(w)
         self.settle("", w.shape)
         # Not jnp.clip, which makes +0 of -0, and whose derivative at a bound is a half.
-        if self.lower is not None:
-            lower = value(self.lower, w.dtype)
+        lower, upper = self._bounds(w)
+        if lower is not None:
             w = jnp.where(w < lower, lower, w)
-        if self.upper is not None:
-            upper = value(self.upper, w.dtype)
+        if upper is not None:
             w = jnp.where(w > upper, upper, w)
         return w
+
+    def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """The bounds in the dtype and with the number of axes of the weights."""
+        lower, upper = (
+            None if bound is None else _beside(value(bound, w.dtype), w)
+            for bound in (self.lower, self.upper)
+        )
+        return lower, upper
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -167,11 +179,9 @@ class Box(_Elementwise):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are at one of their bounds."""
-        low, high = (
-            jnp.zeros(w.shape, bool) if bound is None else compare(w, value(bound, w.dtype))
-            for bound, compare in ((self.lower, jnp.less_equal), (self.upper, jnp.greater_equal))
-        )
-        return low | high
+        lower, upper = self._bounds(w)
+        none = jnp.zeros(w.shape, bool)
+        return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
 
 
 def _is_concrete(bound: Any) -> bool:
@@ -219,12 +229,12 @@ class Mask(_Elementwise):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape to which the mask broadcasts."""
         w = jnp.asarray(w)
-        return _zero_where(~self._free("", w.shape), w)
+        return _zero_where(_beside(~self._free("", w.shape), w), w)
 
     def _free(self, path: str, shape: tuple[int, ...]) -> jax.Array:
         mask = self.mask(shape) if callable(self.mask) else self.mask
         _check_broadcasts("Mask", "mask", mask, path, shape)
-        return jnp.asarray(mask) != 0
+        return jnp.asarray(mask).astype(bool)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -251,7 +261,7 @@ class Mask(_Elementwise):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that the mask holds at zero."""
-        return jnp.broadcast_to(~self._free("", w.shape), w.shape)
+        return jnp.broadcast_to(_beside(~self._free("", w.shape), w), w.shape)
 
 
 def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
@@ -288,7 +298,7 @@ class ZeroDiagonal(_Elementwise):
         """Projects one square matrix, or each of an array of them."""
         w = jnp.asarray(w)
         self.settle("", w.shape)
-        return _zero_where(jnp.eye(w.shape[-1], dtype=bool), w)
+        return _zero_where(_beside(jnp.eye(w.shape[-1], dtype=bool), w), w)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -382,9 +392,11 @@ class Grid(_Elementwise):
         middle = np.where(middle > 0, middle, below)
         wide, values = w.astype(dtype), jnp.asarray(values, w.dtype)
         if len(middle) > 32:
-            nearest = values[jnp.searchsorted(jnp.asarray(middle), wide)]
+            bounds = jnp.asarray(middle)
+            nearest = automatic(lambda wide: values[jnp.searchsorted(bounds, wide)], wide)
         else:
             nearest = jnp.full(w.shape, values[0])
             for bound, upper in zip(middle, values[1:], strict=True):
                 nearest = jnp.where(wide > bound, upper, nearest)
+        nearest = nearest.astype(w.dtype)
         return jnp.where((nearest == w) | (w != w), w, nearest)
