@@ -531,7 +531,6 @@ def test_after_a_search(kind):
     assert naive.value_error > 0.1
     assert naive.gradient_error > 0.1
     assert naive.rises > 5
-    assert naive.gap > 1e-3
     # The value becomes that of the weights, the gradient does not.
     found = search(problem, tx, projected=True, stored=False)
     assert found.outside < 1e-6
@@ -619,7 +618,7 @@ def test_lbfgs(kind):
     naive = search(problem, tx, projected=False, stored=True)
     assert naive.outside < 1e-6
     assert naive.gradient_error > 0.1
-    assert naive.gap > 1e-3
+    assert naive.rises > 5
     # With true gradients it goes up and down for ever.
     fresh = search(problem, tx, projected=False, stored=False)
     assert fresh.outside < 1e-6
