@@ -32,7 +32,8 @@ PUBLIC = {
     *("jax", "jax.lax", "jax.lax.linalg", "jax.nn", "jax.numpy", "jax.numpy.linalg"),
     *("jax.random", "jax.scipy", "jax.scipy.linalg", "jax.sharding", "jax.tree"),
     *("jax.tree_util", "jax.typing", "optax", "optax.tree"),
-    *("flax", "flax.linen", "flax.nnx", "flax.struct", "flax.training.train_state"),
+    *("flax", "flax.linen", "flax.nnx", "flax.nnx.bridge", "flax.struct"),
+    "flax.training.train_state",
 }
 
 
@@ -127,6 +128,8 @@ def own_names() -> set[str]:
                 case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
                     found.add(name)
                 case ast.alias(asname=str(name)):
+                    found.add(name)
+                case ast.Assign(value=ast.Constant(value=str(name))):
                     found.add(name)
                 case ast.Dict(keys=keys):
                     found |= {str(key.value) for key in keys if isinstance(key, ast.Constant)}
