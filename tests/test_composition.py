@@ -1,10 +1,13 @@
 """Each row of docs/composition.md does what it says."""
 
 import ast
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cvxpy as cp
 import equinox as eqx
 import haiku as hk
 import jax
@@ -65,6 +68,13 @@ ROWS = {
     "`project` around `mechanize`": ("holds", "test_around_mechanize"),
     "`flatten` around `project`": ("refused", "test_flatten_around"),
     "`project` around `flatten`": ("holds", "test_around_flatten"),
+    "`project` after a search": ("holds; gradient wrong", "test_after_a_search"),
+    "`project` on both sides of a search": (
+        "holds; gradient right if convex (C)",
+        "test_around_a_search",
+    ),
+    "`chain(lbfgs(), project)`": ("holds; gradient wrong", "test_lbfgs"),
+    "`chain(tangent, lbfgs(), project)`": ("holds; gradient wrong", "test_tangent_before_lbfgs"),
     "Flax `nnx.Optimizer`": ("holds", "test_nnx_optimizer"),
     "Flax `TrainState`": ("holds", "test_train_state"),
     "Equinox `apply_updates`": ("holds", "test_equinox"),
@@ -399,6 +409,242 @@ def test_flatten_around(kind):
 @each_kind
 def test_around_flatten(kind):
     assert holds(train(optax.chain(optax.flatten(ADAM), oc.project(RULES[kind])), kind))
+
+
+# Line searches.
+
+
+class Problem(NamedTuple):
+    """A quadratic to minimise over a set."""
+
+    rules: Any
+    loss: Callable[[jax.Array], jax.Array]
+    start: jax.Array
+    best: float
+    outside: Callable[[np.ndarray], float]
+
+
+@functools.cache
+def quadratic(kind: str, size: int = 20) -> Problem:
+    axes, _ = np.linalg.qr(float64(normal(4, size, size)))
+    # No set is aligned with the axes, and curvatures differ, or any search would arrive.
+    a = (axes * np.geomspace(1, 30, size)) @ axes.T
+    center = float64(normal(5, size)) if kind != "sphere" else np.zeros(size)
+    w = cp.Variable(size)
+    rules, allowed, outside = {
+        "box": (
+            oc.box(-0.3, 0.5),
+            [w >= -0.3, w <= 0.5],
+            lambda w: np.max(np.maximum(np.float32(-0.3) - w, w - 0.5)),
+        ),
+        "ball": (oc.max_norm(1.0), [cp.norm(w) <= 1], lambda w: np.linalg.norm(w) - 1),
+        "simplex": (
+            oc.simplex(1.0),
+            [w >= 0, cp.sum(w) == 1],
+            lambda w: max(np.max(-w), abs(w.sum() - 1)),
+        ),
+        "plane": (
+            oc.sum_to(1.0),
+            [cp.sum(w) == 1],
+            lambda w: abs(w.sum() - 1) / np.abs(w).sum(),
+        ),
+        "sphere": (oc.unit_norm(), [], lambda w: abs(np.linalg.norm(w) - 1)),
+    }[kind]
+    if kind == "sphere":
+        start, best = normal(6, size), 0.5
+    else:
+        form = cp.quad_form(w - center, cp.psd_wrap(a)) / 2
+        problem: Any = cp.Problem(cp.Minimize(form), allowed)
+        start, best = jnp.zeros(size, jnp.float32), problem.solve(solver=cp.CLARABEL)
+    a32, center32 = jnp.asarray(a, jnp.float32), jnp.asarray(center, jnp.float32)
+
+    def loss(w):
+        return (w - center32) @ a32 @ (w - center32) / 2
+
+    return Problem(rules, loss, oc.constrain(start, rules), best, outside)
+
+
+class Found(NamedTuple):
+    """What a search led to. Losses are relative to the decrease that was possible."""
+
+    outside: float
+    value_error: float
+    """Of the value that was stored after a step, at its worst."""
+    gradient_error: float
+    """Of the gradient that was stored, relative to its norm, at its worst."""
+    gap: float
+    """From the last loss to the best one."""
+    rises: int
+    """How many steps made the loss larger."""
+
+
+def search(problem: Problem, tx: Any, *, projected: bool, stored: bool, steps: int = 80) -> Found:
+    """Trains with the loss of projected weights or not, and with the stored gradient or not."""
+    rules, loss = problem.rules, problem.loss
+    fresh, from_state = jax.value_and_grad(loss), optax.value_and_grad_from_state(loss)
+
+    def of_projected(w):
+        return loss(oc.constrain(w, rules))
+
+    value_fn = of_projected if projected else loss
+
+    def step(carry, _):
+        w, state = carry
+        value, grad = from_state(w, state=state) if stored else fresh(w)
+        updates, state = tx.update(grad, state, w, value=value, grad=grad, value_fn=value_fn)
+        w = optax.apply_updates(w, updates)
+        kept = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
+        return (w, state), (w, kept, fresh(w))
+
+    run = jax.jit(lambda *carry: jax.lax.scan(step, carry, length=steps)[1])
+    seen, kept, true = jax.tree.map(float64, run(problem.start, tx.init(problem.start)))
+    possible = float(loss(problem.start)) - problem.best
+    norms_of_errors = np.linalg.norm(kept[1] - true[1], axis=1)
+    return Found(
+        max(map(problem.outside, seen)),
+        np.max(np.abs(kept[0] - true[0])) / possible,
+        np.max(norms_of_errors / np.linalg.norm(true[1], axis=1)),
+        (true[0][-1] - problem.best) / possible,
+        int(np.sum(np.diff(true[0]) > 1e-5 * possible)),
+    )
+
+
+def backtracking(max_learning_rate: float = 1.0):
+    return optax.scale_by_backtracking_linesearch(
+        30, max_learning_rate=max_learning_rate, store_grad=True
+    )
+
+
+def zoom(max_learning_rate: float | None = 1.0):
+    return optax.scale_by_zoom_linesearch(30, max_learning_rate=max_learning_rate)
+
+
+convex = pytest.mark.parametrize("kind", ["box", "ball", "simplex"])
+
+
+@convex
+def test_after_a_search(kind):
+    problem = quadratic(kind)
+    tx = optax.chain(optax.sgd(1.0), backtracking(), oc.project(problem.rules))
+    naive = search(problem, tx, projected=False, stored=True)
+    assert naive.outside < 1e-6
+    assert naive.value_error > 0.1
+    assert naive.gradient_error > 0.1
+    assert naive.rises > 5
+    # The value becomes that of the weights, the gradient does not.
+    found = search(problem, tx, projected=True, stored=False)
+    assert found.outside < 1e-6
+    assert found.value_error < 1e-6
+    assert found.gradient_error > 0.1
+    assert found.rises == 0
+    assert found.gap < 1e-3
+
+
+@convex
+@pytest.mark.parametrize("linesearch", [backtracking, zoom])
+def test_around_a_search(kind, linesearch):
+    problem = quadratic(kind)
+    project = oc.project(problem.rules)
+    tx = optax.chain(optax.sgd(0.1), project, linesearch(), project)
+    found = search(problem, tx, projected=False, stored=True)
+    assert found.outside < 1e-6
+    assert found.value_error < 1e-6
+    assert found.gradient_error < 1e-6
+    assert found.rises == 0
+    assert found.gap < 1e-5
+
+
+@convex
+def test_around_a_search_needs_short_steps_and_gradients(kind):
+    problem = quadratic(kind)
+    project = oc.project(problem.rules)
+    long = optax.chain(optax.sgd(0.01), project, backtracking(100.0), project)
+    assert search(problem, long, projected=False, stored=True).gradient_error > 1e-2
+    # Without the second one, a long step ends outside.
+    once = optax.chain(optax.sgd(0.01), project, backtracking(100.0))
+    assert search(problem, once, projected=False, stored=True).outside > 1e-3
+    adam = optax.chain(optax.adam(0.1), project, backtracking(), project)
+    found = search(problem, adam, projected=False, stored=True)
+    # Its steps are not along the gradient, and on their way back they may lead uphill.
+    assert found.gradient_error < 1e-6
+    assert found.gap > 1e-2 or kind == "box"
+
+
+def test_around_a_search_over_a_set_that_is_not_convex():
+    problem = quadratic("sphere")
+    project = oc.project(problem.rules)
+    tx = optax.chain(optax.sgd(0.1), project, backtracking(), project)
+    naive = search(problem, tx, projected=False, stored=True)
+    assert naive.outside < 1e-6
+    assert naive.gradient_error > 0.05
+    found = search(problem, tx, projected=True, stored=False)
+    assert found.outside < 1e-6
+    assert found.value_error < 1e-6
+    assert found.rises == 0
+    assert found.gap < 1e-3
+
+
+@each_kind
+def test_around_a_search_in_a_network(kind):
+    rules, params = RULES[kind], start(kind)
+    project = oc.project(rules)
+    tx = optax.chain(SGD, project, backtracking(), project)
+    state, value_before = tx.init(params), loss(params)
+
+    @jax.jit
+    def step(params, state):
+        def of_projected(params):
+            return loss(oc.constrain(params, rules, state=state[-1]))
+
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=of_projected
+        )
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(6):
+        params, state = step(params, state)
+        value = loss(params)
+        assert outside(kind, params) < 1e-6
+        assert float(optax.tree.get(state, "value")) == pytest.approx(float(value), rel=1e-5)
+        assert value < value_before
+        value_before = value
+
+
+@convex
+def test_lbfgs(kind):
+    problem = quadratic(kind)
+    tx = optax.chain(optax.lbfgs(), oc.project(problem.rules))
+    naive = search(problem, tx, projected=False, stored=True)
+    assert naive.outside < 1e-6
+    assert naive.gradient_error > 0.1
+    assert naive.rises > 5
+    # With true gradients it goes up and down for ever.
+    fresh = search(problem, tx, projected=False, stored=False)
+    assert fresh.outside < 1e-6
+    assert fresh.rises > 5
+    # With the loss of projected weights it only goes down, and stops near the best.
+    found = search(problem, tx, projected=True, stored=False)
+    assert found.outside < 1e-6
+    assert found.value_error < 1e-6
+    assert found.gradient_error > 0.1
+    assert found.rises == 0
+    assert 1e-5 < found.gap < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["plane", "sphere"])
+def test_tangent_before_lbfgs(kind):
+    problem = quadratic(kind)
+    rules = problem.rules
+    tx = optax.chain(oc.tangent(rules), optax.lbfgs(), oc.project(rules))
+    found = search(problem, tx, projected=True, stored=False, steps=40)
+    assert found.outside < 2e-6
+    assert found.value_error < 1e-6
+    assert found.gradient_error > 0.1
+    assert found.rises == 0
+    assert found.gap < 1e-5
+    plain = optax.chain(optax.lbfgs(), oc.project(rules))
+    assert search(problem, plain, projected=True, stored=False, steps=40).gap > 3e-5
 
 
 # Frameworks, dtypes, devices.
