@@ -265,7 +265,8 @@ class Constraint:
         """The name with its hyperparameters, without the axis, as the report shows it."""
         if not dataclasses.is_dataclass(self):
             return type(self).__name__
-        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "axis")
+        left_out = ("axis", "axis_name")
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out)
         return f"{type(self).__name__}({', '.join(map(_short, values))})"
 
 

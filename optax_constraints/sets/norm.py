@@ -21,8 +21,34 @@ from optax_constraints._text import shown
 from optax_constraints.sets._common import UnitSet
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _NormSet(UnitSet):
     """What the sets of this family share: how a unit's norm becomes its factor."""
+
+    axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = self.axis_name
+        if isinstance(names, list):
+            object.__setattr__(self, "axis_name", tuple(names))
+        elif not (names is None or isinstance(names, (str, tuple))):
+            raise TypeError(
+                f"{type(self).__name__}: axis_name={shown(names)} is not a name; write that of an "
+                "axis of the mesh of jax.shard_map, such as 'model', or several."
+            )
+
+    def __repr__(self) -> str:
+        """As of any dataclass, without what is hardly ever there."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "axis_name"]
+        fields += ["axis_name"] if self.axis_name is not None else []
+        values = (f"{name}={getattr(self, name)!r}" for name in fields)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as values that JSON can hold; those of Keras if these do."""
+        config = super().get_config()
+        return {k: v for k, v in config.items() if (k, v) != ("axis_name", None)}
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         """The factor of a unit with this norm, and with that norm at init."""
@@ -48,7 +74,21 @@ class _NormSet(UnitSet):
     def _norm(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The norm of each unit, and the weights in its dtype."""
         wide, axis = self._widen(w)
-        return _numerics.norm(wide, axis) / self._one(_size(wide, axis)), wide
+        return self._of_all(_numerics.norm(wide, axis)) / self._one(self._size(wide, axis)), wide
+
+    def _of_all(self, norm: jax.Array) -> jax.Array:
+        """The norms of whole units, from those of their parts on the devices of `axis_name`."""
+        if self.axis_name is None:
+            return norm
+        largest = jax.lax.pmax(jax.lax.stop_gradient(norm), self.axis_name)
+        some = largest > 0
+        squares = jax.lax.psum(jnp.square(norm / jnp.where(some, largest, 1)), self.axis_name)
+        return jnp.where(some, largest * jnp.sqrt(jnp.where(some, squares, 1)), 0)
+
+    def _size(self, w: jax.Array, axis: tuple[int, ...]) -> int:
+        """How many entries a unit has, on all devices of `axis_name`."""
+        devices = 1 if self.axis_name is None else jax.lax.psum(1, self.axis_name)
+        return math.prod(w.shape[a] for a in axis) * devices
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; norms are taken in float32 or wider.
@@ -84,7 +124,7 @@ class _NormSet(UnitSet):
         makes NaN of its unit, as it does without the limit.
         """
         wide, axis = self._widen(params)
-        size = _size(wide, axis)
+        size = self._size(wide, axis)
         limit = _square_limit(wide.dtype, size)
         turn = limit if after is None else _wait(after, limit)
         moved = updates.astype(wide.dtype)
@@ -92,16 +132,12 @@ class _NormSet(UnitSet):
         # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
         # optimizer's arithmetic and keeps the result for both passes.
         wide = jnp.clip(wide, -limit, limit) + (jnp.clip(moved, -turn, turn) + (total - total))
-        norm = _numerics.plain_norm(wide, axis) / self._one(size)
+        norm = self._of_all(_numerics.plain_norm(wide, axis)) / self._one(size)
         scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
         target = (wide * scale).astype(params.dtype)
         dtype = jnp.promote_types(params.dtype, updates.dtype)
         after = jnp.max(scale) if scale.size else after
         return target.astype(dtype) - params.astype(dtype), memory, after
-
-
-def _size(w: jax.Array, axis: tuple[int, ...]) -> int:
-    return math.prod(w.shape[a] for a in axis)
 
 
 Bound: TypeAlias = Number | str
@@ -174,7 +210,7 @@ def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
     return one / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaxNorm(_NormSet):
     """The norm of each unit is at most `max_value`: ``{w : ||unit||_2 <= max_value}``.
 
@@ -190,6 +226,9 @@ class MaxNorm(_NormSet):
         axis: The axes along which one unit runs: an int, several ints, None for the whole
             tensor, or `"fan_in"`. 0 for a Dense kernel (in, out); (0, 1, 2) for a Conv2D
             kernel (height, width, in, out).
+        axis_name: Inside `jax.shard_map`, where weights are those of one device: the axis of
+            the mesh, or axes, over which a unit is split. Norms are then summed over them, as
+            one all-reduce of a number for each unit; without it they are those of the part.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -220,7 +259,7 @@ class MaxNorm(_NormSet):
         return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaxRMS(_NormSet):
     """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
 
@@ -231,6 +270,7 @@ class MaxRMS(_NormSet):
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar, a schedule, or `"2x init"`.
         axis: The axes along which one unit runs, as for `MaxNorm`; by default all of them.
+        axis_name: As for `MaxNorm`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -263,7 +303,7 @@ class MaxRMS(_NormSet):
         return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MinMaxNorm(_NormSet):
     """The norm of each unit lies in an interval.
 
@@ -281,6 +321,7 @@ class MinMaxNorm(_NormSet):
             max_value) + (1 - rate) * norm``. With a rate below 1 the result is nearer to
             the set, not in it.
         axis: The axes along which one unit runs, as for `MaxNorm`.
+        axis_name: As for `MaxNorm`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -333,7 +374,7 @@ class MinMaxNorm(_NormSet):
         return low | _reaches(norm, self.max_value, w.dtype)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class UnitNorm(_NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
 
@@ -345,6 +386,7 @@ class UnitNorm(_NormSet):
 
     Args:
         axis: The axes along which one unit runs, as for `MaxNorm`.
+        axis_name: As for `MaxNorm`.
 
     Raises:
         TypeError: If `axis` has the wrong type.
@@ -371,7 +413,7 @@ class UnitNorm(_NormSet):
         return self._norm(w)[0] > 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FixedNorm(_NormSet):
     """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
 
@@ -386,6 +428,7 @@ class FixedNorm(_NormSet):
         value: The norm: a number of at least 0, a JAX scalar, a schedule, or `"init"`, or a
             multiple of it, such as `"2x init"`.
         axis: The axes along which one unit runs, as for `MaxNorm`; by default all of them.
+        axis_name: As for `MaxNorm`.
 
     Raises:
         TypeError: If an argument has the wrong type.
