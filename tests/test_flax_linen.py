@@ -522,6 +522,116 @@ def test_a_parameter_that_is_not_its_layers_own_is_an_error():
             read(model, X)
 
 
+NORMS = {
+    "WeightNorm": (nn.WeightNorm, {}),
+    "WeightNorm of all": (functools.partial(nn.WeightNorm, variable_filter=None), {}),
+    "SpectralNorm": (nn.SpectralNorm, {"update_stats": True}),
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("inner", [ocl.Dense, nn.remat(ocl.Dense)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_wrappers_that_rewrite_the_parameters_of_a_layer(norm, inner, stacked):
+    wrap, kwargs = NORMS[norm]
+    own = oc.max_norm(1.0, axis="fan_in")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            layer = inner(4, kernel_constraint=own, name="inner")
+            return nn.Dense(4)(wrap(layer)(nn.Dense(4)(carry), **kwargs)), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 1, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=4,
+    )
+    model = stack() if stacked else Model()
+    params = model.init(KEY, X44)["params"]
+    rules, layout = ocl.declared(model, X44), ocl.layout(model, X44)
+    assert set(layout) == set(flat(params))
+    assert rules == {"/inner/kernel": oc.Stacked(own, 1) if stacked else own}
+    assert layout["inner/kernel"] == ("Dense", (0,), (1,) if stacked else ())
+    oc.constrain(params, rules, layout=layout)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_stack_inside_such_a_wrapper(norm):
+    wrap, kwargs = NORMS[norm]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            tower = mapped(1, ocl.Dense)(4, kernel_constraint=oc.max_norm(1.0), name="tower")
+            return wrap(tower)(x, **kwargs)
+
+    model = Model()
+    assert set(ocl.layout(model, X44)) == set(flat(model.init(KEY, X44)["params"]))
+    assert ocl.layout(model, X44)["tower/kernel"] == ("Dense", (0,), (1,))
+    assert ocl.declared(model, X44) == {"/tower/kernel": oc.Stacked(oc.max_norm(1.0), 1)}
+
+
+def test_a_weight_norm_of_boxed_parameters_has_flaxs_own_names():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+            return nn.WeightNorm(nn.Dense(4, kernel_init=init))(carry), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    for model in (Model(), stack()):
+        try:
+            params = model.init(KEY, X44)["params"]
+        except AttributeError:
+            pytest.skip("nn.WeightNorm of Flax 0.11 takes no boxes")
+        assert set(ocl.layout(model, X44)) == set(flat(nn.unbox(params)))
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_an_axis_in_the_metadata_alone_is_no_stack(boxed, stacked):
+    init = nn.initializers.ones
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            layer = nn.add_metadata_axis(
+                ocl.Dense, variable_axes={"params": 0}, metadata_params={nn.PARTITION_NAME: "more"}
+            )
+            kernel_init = nn.with_partitioning(init, ("in", "out")) if boxed else init
+            keywords = {"kernel_constraint": oc.max_norm(1.0, axis="fan_in"), "name": "layer"}
+            return layer(4, kernel_init=kernel_init, **keywords)(carry), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    model = stack() if stacked else Model()
+    params = model.init(KEY, X44)["params"]
+    rules, layout = ocl.declared(model, X44), ocl.layout(model, X44)
+    assert set(layout) == set(flat(nn.unbox(params)))
+    own = oc.max_norm(1.0, axis="fan_in")
+    assert rules == {"/layer/kernel": oc.Stacked(own, 0) if stacked else own}
+    at = (0,) if stacked else ()
+    assert layout["layer/kernel"] == ("Dense", (len(at),), at)
+    kernel = nn.unbox(oc.constrain(params, rules, layout=layout))["layer"]["kernel"]
+    np.testing.assert_allclose(kernel, 0.5, rtol=1e-6)
+
+
 # A layer of one's own.
 
 

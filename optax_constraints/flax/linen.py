@@ -275,8 +275,9 @@ class _Leaf:
 
     def layout(self, path: str) -> LeafLayout:
         """The axes of the leaf."""
-        own = [(a, self.shape[i]) for i, a in enumerate(self.axes) if a is not None]
-        if len(self.axes) != len(self.shape) or own != list(enumerate(self.own_shape)):
+        fits = len(self.axes) == len(self.shape)
+        own = [(a, size) for a, size in zip(self.axes, self.shape, strict=fits) if a is not None]
+        if not fits or own != list(enumerate(self.own_shape)):
             raise ValueError(
                 f"The axes of {path!r} cannot be told: its layer {self.layer} made shape "
                 f"{self.own_shape}, and the model has shape {self.shape}, which comes from "
@@ -322,33 +323,36 @@ class _Layer(NamedTuple):
 
 
 class _Axes(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter on its way out of transformed layers, which tell it of each axis they add."""
+    """A parameter on its way out of stacked layers, which tell it of each axis they add."""
 
-    value: Any
+    held: Any
+    """The array, in the box of its own that it may have."""
     axes: tuple[int | None, ...] = struct.field(pytree_node=False)
 
     def __getattr__(self, name: str) -> Any:
-        # Tied layers read each other's variables as if they were bare.
+        # Tied layers read each other's variables as if they were not in this box.
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.value, name)
+        return getattr(self.held, name)
 
     def __jax_array__(self) -> Any:
-        return self.value
+        return meta.unbox(self.held)
 
     def unbox(self) -> Any:
-        return self.value
+        return self.held
 
     def replace_boxed(self, val: Any) -> Any:
-        return self.replace(value=val)
+        return self.replace(held=val)
 
     def add_axis(self, index: int, params: Any) -> Any:
         at = index % (len(self.axes) + 1)
-        return self.replace(axes=(*self.axes[:at], None, *self.axes[at:]))
+        held = meta.add_axis(self.held, index, params)
+        return self.replace(held=held, axes=(*self.axes[:at], None, *self.axes[at:]))
 
     def remove_axis(self, index: int, params: Any) -> Any:
         at = index % len(self.axes)
-        return self.replace(axes=self.axes[:at] + self.axes[at + 1 :])
+        held = meta.remove_axis(self.held, index, params)
+        return self.replace(held=held, axes=self.axes[:at] + self.axes[at + 1 :])
 
 
 class _Trace:
@@ -359,6 +363,8 @@ class _Trace:
         self.number = next(_numbers)
         self.leaves: dict[str, _Leaf] = {}
         self.layers: list[_Layer] = []
+        # By path, and by the stacks that it is seen from.
+        self.axes: dict[tuple[str, tuple[str, ...]], tuple[int | None, ...]] = {}
 
     def __call__(
         self,
@@ -382,26 +388,48 @@ class _Trace:
                 self.layers.append(layer)
         if not scope.is_mutable_collection("params"):
             return
-        # Inside nn.scan, nn.vmap and the like, parameters are boxed to learn of the axes they
-        # get on the way out; outside, a model may look at the bare ones.
-        transformed = scope.debug_path != scope.path
+        # Inside nn.scan and nn.vmap, parameters are boxed to learn of the axes they get on the
+        # way out. Elsewhere a model, or a wrapper such as nn.WeightNorm, looks at them.
+        around = _transformations(scope)
+        stacks = tuple(kind for kind in around if kind in _STACKS)
+        boxes = around != () and around[-1] in _STACKS
         for name, value in dict(module.variables.get("params", {})).items():
 
             def seen(keys: Any, leaf: Any, name: str = name) -> Any:
                 path = "/".join(filter(None, (*module.path, name, path_of(keys))))
-                boxed = isinstance(leaf, _Axes)
-                bare = leaf.value if boxed else meta.unbox(leaf)
+                held = leaf.held if isinstance(leaf, _Axes) else leaf
+                bare = meta.unbox(held)
                 if path not in self.leaves:
                     # Layers inside this one have returned before: what is new is its own.
                     self.leaves[path] = _own(module, name, bare, whole=not keys)
-                axes = tuple(leaf.axes if boxed else range(bare.ndim))
-                if transformed:
-                    return _Axes(bare, axes)
-                self.leaves[path].axes = self.leaves[path].axes or axes
-                return bare if boxed else leaf
+                if isinstance(leaf, _Axes):
+                    self.axes[path, stacks] = leaf.axes
+                axes = self.axes.setdefault((path, stacks), tuple(range(bare.ndim)))
+                return _Axes(held, axes) if boxes else held
 
             new = jax.tree_util.tree_map_with_path(seen, value, is_leaf=meta.is_axis_metadata)
             scope.put_variable("params", name, new)
+
+
+_STACKS = ("scan", "vmap")
+
+
+def _transformations(scope: flax.core.Scope) -> tuple[str, ...]:
+    """Those around a scope that stack parameters or rewrite them, the innermost last.
+
+    Flax writes them into the names of a path for errors: `("vmap(scan(tower))", "Dense_0")`
+    is a scan around a vmap.
+    """
+    shown = tuple(scope.debug_path)
+    names = ("",) * (len(shown) - len(scope.path)) + tuple(scope.path)
+    found: list[str] = []
+    for text, name in zip(shown, names, strict=True):
+        kinds = []
+        while text != name:
+            kind, text = text[:-1].split("(", 1)
+            kinds.append(kind)
+        found += [kind for kind in reversed(kinds) if kind in (*_STACKS, "map_variables")]
+    return tuple(found)
 
 
 _FLAG = "optax_constraints"
@@ -472,9 +500,9 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
                 f"{path!r} was made outside of the methods of {type(model).__name__} and its "
                 "layers, so nothing is known of it. Write rules by path for this model."
             )
-        axes = found[path].axes
+        axes = trace.axes.get((path, ()), ())
         if isinstance(leaf, _Axes):
-            leaf, axes = leaf.value, leaf.axes
+            leaf, axes = meta.unbox(leaf), leaf.axes
         trace.leaves[path] = dataclasses.replace(found[path], axes=axes, shape=leaf.shape)
     return trace
 
