@@ -1,5 +1,7 @@
 """Constraints declared on Linen layers: the same layers, the right leaves, and they hold."""
 
+import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -905,4 +907,116 @@ def test_eager_steps_do_not_bind_again():
     for _ in range(3):
         state = state.apply_gradients(grads=params)
     assert np.all(np.asarray(state.params["bias"]) >= 0)
+    assert len(seen) == asked == 2
+
+
+def sgd_init(params):
+    return optax.EmptyState()
+
+
+def sgd_update(updates, state, params=None):
+    return jax.tree.map(lambda u: -0.1 * u, updates), state
+
+
+def nothing(*args):
+    """A module's method would be a new one in each copy."""
+
+
+MODEL = ocl.Dense(7, kernel_constraint=oc.max_norm(0.5, axis="fan_in"), bias_constraint="non_neg")
+SGD = optax.GradientTransformation(sgd_init, sgd_update)
+
+
+def equal_states() -> dict[str, Any]:
+    """States that were made apart, of one model, optimizer and equal rules."""
+
+    def make() -> Any:
+        x = numbers(3, 5)
+        return ocl.TrainState.create(
+            apply_fn=nothing,
+            params=jax.tree.map(jnp.asarray, make_state().params),
+            tx=SGD,
+            rules=ocl.declared(MODEL, x),
+            layout=dict(reversed(ocl.layout(MODEL, x).items())),
+        )
+
+    first, second = make(), make()
+    return {
+        "first": first,
+        "second": second,
+        "deep copy": copy.deepcopy(first),
+        "pickled": pickle.loads(pickle.dumps(first)),
+        "restored": serialization.from_bytes(second, serialization.to_bytes(first)),
+    }
+
+
+def test_states_of_equal_rules_are_traced_once():
+    traced = []
+
+    @jax.jit
+    def step(state):
+        traced.append(None)
+        return state.apply_gradients(grads=state.params)
+
+    states = equal_states()
+    stepped = {name: step(state) for name, state in states.items()}
+    assert len(traced) == 1
+    for name, state in states.items():
+        assert hash(jax.tree.structure(state)) == hash(jax.tree.structure(states["first"]))
+        assert jax.tree.structure(state) == jax.tree.structure(states["first"])
+        same(stepped[name], stepped["first"])
+
+
+def test_states_of_equal_rules_go_through_maps_and_branches():
+    states = equal_states()
+    first = states.pop("first")
+    for state in states.values():
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, state)
+        same(mean.params, first.params)
+        chosen = jax.lax.cond(True, lambda a, b: a, lambda a, b: b, first, state)
+        same(chosen.params, first.params)
+
+
+def test_states_of_other_rules_are_other_states():
+    rules = {"kernel": oc.max_norm(0.5), "bias": None}
+    layout = ocl.layout(MODEL, numbers(3, 5))
+    state = make_state(rules=rules, layout=layout)
+    for other in (
+        {"rules": {"kernel": oc.max_norm(0.6), "bias": None}},
+        {"rules": dict(reversed(rules.items()))},  # the first that matches wins
+        {"rules": {"kernel": oc.max_norm(0.5)}},
+        {"layout": None},
+        {"layout": {**layout, "kernel": layout["kernel"]._replace(fan_in=(1,))}},
+    ):
+        assert jax.tree.structure(state.replace(**other)) != jax.tree.structure(state)
+
+
+def test_rules_that_do_not_hash_are_equal_to_themselves_alone():
+    @dataclasses.dataclass
+    class Unhashable(oc.Constraint):
+        bounds: list[float]
+
+        def __call__(self, w):
+            return jnp.clip(w, *self.bounds)
+
+    rules = {"kernel": Unhashable([-0.1, 0.1])}
+    state = make_state(rules=rules)
+    assert jax.tree.structure(state) != jax.tree.structure(make_state(rules=rules))
+    new = jax.jit(lambda s: s.apply_gradients(grads=gradients(s)))(state)
+    assert np.abs(np.asarray(new.params["kernel"])).max() <= np.float32(0.1)
+
+
+def test_copies_of_a_state_do_not_bind_again():
+    seen = []
+
+    def is_bias(path, leaf):
+        seen.append(path)
+        return path == "bias"
+
+    def state():
+        return make_state(rules=[(is_bias, oc.non_neg())])
+
+    first = state()
+    asked = len(seen)
+    for other in (copy.deepcopy(first), state()):
+        other.apply_gradients(grads=first.params)
     assert len(seen) == asked == 2

@@ -1,5 +1,6 @@
 """Flax NNX: layers that declare constraints, and what their models say."""
 
+import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
@@ -900,4 +901,45 @@ def test_eager_updates_do_not_bind_again():
     for _ in range(3):
         optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     np.testing.assert_array_equal(model.bias[...], 0)
+    assert len(seen) == asked == 2
+
+
+def test_optimizers_of_equal_rules_are_traced_once():
+    tx = optax.sgd(0.1)
+
+    def make(**keywords: Any) -> Any:
+        model = onnx.Linear(2, 3, kernel_constraint=oc.max_norm(0.3, "fan_in"), rngs=nnx.Rngs(0))
+        return model, onnx.Optimizer(model, tx, **keywords)
+
+    traces = []
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> None:
+        traces.append(1)
+        optimizer.update(model, nnx.state(model, nnx.Param))
+
+    first, second = make(), make()
+    pairs = (first, second, copy.deepcopy(first), make(rules={"/kernel": UNIT}))
+    assert nnx.split(first)[0] == nnx.split(second)[0] == nnx.split(pairs[2])[0]
+    assert hash(nnx.split(first)[0]) == hash(nnx.split(second)[0]) == hash(nnx.split(pairs[2])[0])
+    for i, (model, optimizer) in enumerate(pairs):
+        assert (nnx.split((model, optimizer))[0] == nnx.split(first)[0]) == (i < 3)
+        step(model, optimizer)
+        assert len(traces) == (1 if i < 3 else 2)
+    assert nnx.split(make(layout={})[1])[0] != nnx.split(first[1])[0]
+    assert bits(second[0].kernel[...]) == bits(first[0].kernel[...])
+
+
+def test_copies_of_an_optimizer_do_not_bind_again():
+    seen = []
+
+    def is_bias(path: str, leaf: Any) -> bool:
+        seen.append(path)
+        return path == "bias"
+
+    model = onnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = onnx.Optimizer(model, optax.sgd(0.1), rules=[(is_bias, oc.non_neg())])
+    asked = len(seen)
+    for copied in (nnx.clone(optimizer), copy.deepcopy(optimizer)):
+        copied.update(model, nnx.state(model, nnx.Param))
     assert len(seen) == asked == 2

@@ -39,8 +39,9 @@ from flax.training import train_state
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint, as_constraint
 from optax_constraints._project import constrain_bound, remember
-from optax_constraints._rules import Binder, Rules, path_of
+from optax_constraints._rules import Rules, path_of
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._static import HeldLayout, HeldRules, binder
 from optax_constraints.sets import Stacked
 
 # Layers.
@@ -510,23 +511,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 # Training.
 
 
-class _ById:
-    """Holds what does not hash, such as rules, in a static field of a pytree."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        self._binder: tuple[Any, Binder] | None = None
-
-    def binder(self, layout: "_ById") -> Binder:
-        """These rules with a layout, as one binder that remembers the trees it saw."""
-        if self._binder is None or self._binder[0] is not layout:
-            self._binder = layout, Binder(self.value, layout=layout.value)
-        return self._binder[1]
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose parameters are in their sets after each step.
 
@@ -554,17 +538,17 @@ class TrainState(train_state.TrainState):
     """
 
     rules: Any = struct.field(pytree_node=False, kw_only=True)
-    """As for `project`, in a box, since static fields must hash."""
+    """As for `project`, in a box that hashes, and is equal to that of equal rules."""
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
     """As for `project`, in a box."""
     memory: Any = struct.field(kw_only=True, default=())
     """By path, what constraints remember of their leaves, such as norms at init."""
 
     def __post_init__(self) -> None:
-        for name in ("rules", "layout"):
+        for name, box in (("rules", HeldRules), ("layout", HeldLayout)):
             value = getattr(self, name)
-            if not isinstance(value, _ById):
-                object.__setattr__(self, name, _ById(value))
+            if not isinstance(value, box):
+                object.__setattr__(self, name, box(value))
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
         """Updates the parameters, then projects them.
@@ -578,8 +562,8 @@ class TrainState(train_state.TrainState):
         """
         new = super().apply_gradients(grads=grads, **kwargs)
         inner, rebuild = _parameters(new.params)
-        binder = self.rules.binder(self.layout)
-        params, memory = constrain_bound(inner, binder, self.step, self.memory)
+        bind = binder(self.rules, self.layout)
+        params, memory = constrain_bound(inner, bind, self.step, self.memory)
         return new.replace(params=rebuild(params), memory=memory)
 
     @classmethod
@@ -616,10 +600,11 @@ class TrainState(train_state.TrainState):
                 "TrainState.create needs the constraints; write rules=declared(model, x), rules "
                 'by path such as rules={"kernel": max_norm(2.0)}, or rules={} for none.'
             )
-        held = _ById(rules), _ById(layout)
+        held = HeldRules(rules), HeldLayout(layout)
+        bind = binder(*held)
         inner, _ = _parameters(params)
-        memory = remember(inner, held[0].binder(held[1]))
-        jax.eval_shape(lambda p: constrain_bound(p, held[0].binder(held[1]), 0, memory), inner)
+        memory = remember(inner, bind)
+        jax.eval_shape(lambda p: constrain_bound(p, bind, 0, memory), inner)
         return super().create(
             apply_fn=apply_fn,
             params=params,

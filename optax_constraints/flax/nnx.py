@@ -42,6 +42,7 @@ from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints._text import describe, shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._static import HeldLayout, HeldRules, binder
 from optax_constraints.sets import Stacked
 
 Keys = tuple[Any, ...]
@@ -502,10 +503,13 @@ class Optimizer(nnx.Optimizer):
                     "constraints.flax.nnx.Linear(2, 3, kernel_constraint=max_norm(2.0), "
                     'rngs=rngs), or write Optimizer(..., rules={"kernel": max_norm(2.0)}).'
                 )
-        # A static attribute, which hashes by identity.
-        self._bind = Binder(rules, layout=_layout_of(model) if layout is None else layout)
-        memory = remember(params, self._bind)  # raises if the rules do not fit
+        self._rules = HeldRules(rules)
+        self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
+        memory = remember(params, self._bind())  # raises if the rules do not fit
         self.memory = nnx.data(to_opt_state(memory))
+
+    def _bind(self) -> Binder:
+        return binder(self._rules, self._layout)
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model and the optimizer's state, and projects the parameters.
@@ -522,7 +526,7 @@ class Optimizer(nnx.Optimizer):
         step = jnp.asarray(self.step[...], jnp.int32)
         updates = super().update(model, grads, **kwargs)
         memory = jax.tree.map(lambda held: held[...], self.memory, is_leaf=_is_variable)
-        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind, step, memory)
+        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind(), step, memory)
         nnx.update(model, params)
         jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
         return updates
