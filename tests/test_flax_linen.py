@@ -752,6 +752,62 @@ def test_what_is_no_module():
         ocl.declared({}, X)
 
 
+# Layers that are made inside a trace.
+
+
+class Clipped(oc.Constraint):
+    def __init__(self, bounds):
+        self.bounds = bounds
+
+    def __call__(self, w):
+        return jnp.minimum(w, self.bounds["upper"][0])
+
+
+AROUND = {
+    "an array": lambda x: oc.box(upper=x),
+    "a number": lambda x: oc.max_norm(x.max()),
+    "nested": lambda x: oc.stacked(oc.compose(oc.non_neg(), oc.box(upper=x))),
+    "a mapping": lambda x: Clipped({"upper": [x]}),
+    "a partial function": lambda x: functools.partial(jnp.minimum, x),
+    "a function": lambda x: lambda w: jnp.minimum(w, x),
+    "a schedule": lambda x: oc.max_norm(lambda step: x.max()),
+}
+
+
+@pytest.mark.parametrize("form", AROUND)
+def test_a_traced_array_is_an_error_when_the_layer_is_made(form):
+    def train(constraint):
+        return ocl.Dense(3, kernel_constraint=constraint).init(KEY, X)
+
+    message = (
+        r"(?s)^Dense: kernel_constraint=.*an array that JAX is tracing.*with NumPy, as in "
+        r"np\.ones\(3\), or outside of the function"
+    )
+    for lift in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(TypeError, match=message):
+            lift(lambda x: train(AROUND[form](x)))(jnp.ones((2, 3)))
+    for bound in (np.full(3, 0.5), jnp.full(3, 0.5)):
+        constraint = AROUND[form](bound)
+        jax.jit(lambda constraint=constraint: train(constraint))()
+
+
+def test_arrays_of_numpy_are_declared_inside_a_trace():
+    class Model(nn.Module):
+        lib: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return ocl.Dense(3, kernel_constraint=oc.box(upper=self.lib.full(3, 0.5)))(x)
+
+    rules = ocl.declared(Model(np), X)
+    params = {"kernel": jnp.ones((4, 3))}
+    np.testing.assert_array_equal(
+        oc.constrain({"Dense_0": params}, rules)["Dense_0"]["kernel"], 0.5
+    )
+    with pytest.raises(TypeError, match=r"Dense: kernel_constraint=.*JAX is tracing"):
+        ocl.declared(Model(jnp), X)
+
+
 # TrainState.
 
 

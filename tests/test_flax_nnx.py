@@ -298,6 +298,22 @@ def test_values_are_those_that_get_accepts_and_checked_when_the_layer_is_made():
         make(Unhashable())
 
 
+def test_a_traced_array_is_an_error_when_the_layer_is_made():
+    def make(lib: Any) -> Any:
+        bound = oc.stacked(oc.compose("non_neg", oc.box(upper=lib.full(3, 0.5))))
+        return onnx.Linear(4, 3, kernel_constraint=bound, rngs=nnx.Rngs(0))
+
+    with pytest.raises(
+        TypeError,
+        match=r"^Linear\(kernel_constraint=.*an array that JAX is tracing.*as in np\.ones\(3\), or "
+        "outside of the function",
+    ):
+        nnx.jit(lambda: make(jnp))()
+    model = nnx.jit(lambda: make(np))()
+    kernel = oc.constrain({"kernel": jnp.ones((5, 3))}, onnx.declared(model))["kernel"]
+    np.testing.assert_array_equal(kernel, 0.5)
+
+
 def test_other_keywords_are_still_those_of_the_layer():
     with pytest.raises(TypeError, match="nonsense"):
         onnx.Linear(2, 3, nonsense=1, rngs=nnx.Rngs(0))

@@ -1,11 +1,66 @@
-"""What Flax keeps in static attributes: it has to hash, and to compare by what it says."""
+"""What Flax keeps in static attributes: it has to hash, to compare by value, to outlive a trace."""
 
 import functools
-from collections.abc import Hashable
+import inspect
+import types
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+from jax.core import Tracer
+
 from optax_constraints._axes import Layout
+from optax_constraints._constraint import Constraint, as_constraint
 from optax_constraints._rules import Binder, Rules, parse
+
+
+def layer_constraint(where: str, value: Any) -> Constraint | None:
+    """The constraint that a keyword of a layer was given.
+
+    Args:
+        where: The layer with its keyword, for errors.
+        value: What was given.
+
+    Returns:
+        The constraint, or None for None.
+
+    Raises:
+        TypeError: If JAX is tracing a number or an array in it.
+        ValueError: If it is no constraint.
+    """
+    try:
+        constraint = as_constraint(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    if _is_traced(constraint):
+        raise TypeError(
+            f"{where}: this constraint holds a number or an array that JAX is tracing, and a "
+            "layer keeps its constraints after the trace has ended. Make it with NumPy, as in "
+            "np.ones(3), or outside of the function that jax.jit, nnx.jit or jax.vmap transforms."
+        )
+    return constraint
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether a constraint, or what it is made of, holds a tracer."""
+    if isinstance(x, Tracer):
+        return True
+    if isinstance(x, Mapping):
+        return any(map(_is_traced, x.values()))
+    if isinstance(x, (tuple, list)):
+        return any(map(_is_traced, x))
+    if isinstance(x, functools.partial):
+        return _is_traced((x.func, x.args, x.keywords))
+    if inspect.isfunction(x):
+        return any(map(_holds_tracer, x.__closure__ or ()))
+    return isinstance(x, Constraint) and _is_traced(vars(x))
+
+
+def _holds_tracer(cell: types.CellType) -> bool:
+    try:
+        # Not what is in there: a function may refer to itself.
+        return isinstance(cell.cell_contents, Tracer)
+    except ValueError:  # There is nothing in it yet.
+        return False
 
 
 class _Held:

@@ -37,11 +37,12 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
-from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._constraint import Constraint
 from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Rules, path_of
+from optax_constraints._text import shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
-from optax_constraints.flax._static import HeldLayout, HeldRules, binder
+from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets import Stacked
 
 # Layers.
@@ -64,10 +65,7 @@ class _Declared:
         pairs = dict(self.pairs)
         for keyword, value in keywords.items():
             name = keyword.removesuffix(_SUFFIX)
-            try:
-                constraint = as_constraint(value)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{layer}: {keyword}={value!r}: {error}") from error
+            constraint = layer_constraint(f"{layer}: {keyword}={shown(value)}", value)
             pairs.pop(name, None)
             if constraint is not None:
                 pairs[name] = constraint

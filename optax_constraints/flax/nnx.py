@@ -37,12 +37,12 @@ from flax import nnx
 from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
-from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._constraint import Constraint
 from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints._text import describe, shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
-from optax_constraints.flax._static import HeldLayout, HeldRules, binder
+from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets import Stacked
 
 Keys = tuple[Any, ...]
@@ -157,11 +157,11 @@ def _declare(module: Any, wanted: Mapping[str, Any]) -> None:
     for keyword, value in wanted.items():
         where = f"{type(module).__name__}({keyword}={shown(value)})"
         name = keyword.removesuffix(_SUFFIX)
+        constraint = layer_constraint(where, value)
         try:
-            constraint = as_constraint(value)
             hash(constraint)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from error
         if constraint is None:
             continue
         if name not in leaves:
