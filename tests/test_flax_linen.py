@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.linen.transforms import add_metadata_axis
 from flax.training import train_state
 
 import optax_constraints as oc
@@ -607,7 +608,7 @@ def test_an_axis_in_the_metadata_alone_is_no_stack(boxed, stacked):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, carry, _=None):
-            layer = nn.add_metadata_axis(
+            layer = add_metadata_axis(
                 ocl.Dense, variable_axes={"params": 0}, metadata_params={nn.PARTITION_NAME: "more"}
             )
             kernel_init = nn.with_partitioning(init, ("in", "out")) if boxed else init

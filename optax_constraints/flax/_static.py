@@ -3,9 +3,10 @@
 import functools
 import inspect
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import jax
 from jax.core import Tracer
 
 from optax_constraints._axes import Layout
@@ -61,6 +62,20 @@ def _holds_tracer(cell: types.CellType) -> bool:
         return isinstance(cell.cell_contents, Tracer)
     except ValueError:  # There is nothing in it yet.
         return False
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree, and the way back: only they are traced, `train=True` stays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        return treedef.unflatten(
+            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], rebuild
 
 
 class _Held:

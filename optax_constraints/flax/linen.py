@@ -31,9 +31,10 @@ import flax.core
 import jax
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import nnx, struct
 from flax.core import meta
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.nnx import bridge
 from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
@@ -42,7 +43,13 @@ from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Rules, path_of
 from optax_constraints._text import shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
-from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
+from optax_constraints.flax._static import (
+    HeldLayout,
+    HeldRules,
+    binder,
+    layer_constraint,
+    split_arrays,
+)
 from optax_constraints.sets import Stacked
 
 # Layers.
@@ -90,6 +97,11 @@ class _Constrained:
         # Linen writes a new __init__ for each subclass, also for those that nn.scan makes.
         super().__init_subclass__(**kwargs)
         cls.__init__ = _collecting(cls.__init__)
+
+
+def declarations(module: nn.Module) -> tuple[tuple[str, Constraint], ...]:
+    """What a layer itself declares: (parameter, constraint) pairs."""
+    return module.declared_constraints.pairs if isinstance(module, _Constrained) else ()
 
 
 def _collecting(init: Callable[..., None]) -> Callable[..., None]:
@@ -211,14 +223,9 @@ def declared(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Constrain
         >>> ocl.declared(cell, jnp.ones((1, 3)), jnp.ones((1, 2)))
         {'/h/kernel': UnitNorm(axis=0)}
     """
-    trace = _trace(model, args, kwargs)
-    for layer in trace.layers:
-        layer.check(trace.leaves)
     rules: dict[str, Constraint] = {}
-    for path, leaf in trace.leaves.items():
-        around = [layer for layer in trace.layers if layer.holds(leaf)]
-        if around:
-            constraint = dict(max(around, key=_Layer.depth).constraints)[leaf.kind]
+    for path, (leaf, constraint) in parameters(model, args, kwargs).items():
+        if constraint is not None:
             stacked = leaf.layout(path).stacked
             if stacked:
                 constraint = Stacked(constraint, stacked[0] if len(stacked) == 1 else stacked)
@@ -258,8 +265,25 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LeafLayout]
     return {path: leaf.layout(path) for path, leaf in leaves.items()}
 
 
+def parameters(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> "dict[str, tuple[Parameter, Constraint | None]]":
+    """The parameters of a model by path, with what is declared for each as its layer sees it."""
+    trace = _trace(model, args, kwargs)
+    for layer in trace.layers:
+        layer.check(trace.leaves)
+
+    def constraint(leaf: Parameter) -> Constraint | None:
+        around = [layer for layer in trace.layers if layer.holds(leaf)]
+        if leaf.own_constraint is not None or not around:
+            return leaf.own_constraint
+        return dict(max(around, key=_Layer.depth).constraints)[leaf.kind]
+
+    return {path: (leaf, constraint(leaf)) for path, leaf in trace.leaves.items()}
+
+
 @dataclasses.dataclass
-class _Leaf:
+class Parameter:
     """One parameter, as the layer that owns it sees it."""
 
     owner: tuple[str, ...]
@@ -268,6 +292,10 @@ class _Leaf:
     """The keyword that constrains it, without its ending."""
     own_shape: tuple[int, ...]
     own_fan_in: tuple[int, ...] | None
+    own_stacked: tuple[int, ...] = ()
+    """Axes along which layers are stacked inside of the layer."""
+    own_constraint: Constraint | None = None
+    """What is declared inside of the layer."""
     axes: tuple[int | None, ...] = ()
     """For each axis of the leaf the axis that the layer sees, or None for a stack of layers."""
     shape: tuple[int, ...] = ()
@@ -287,7 +315,7 @@ class _Leaf:
         return LeafLayout(
             self.layer,
             None if fan_in is None else tuple(i for i, a in enumerate(self.axes) if a in fan_in),
-            tuple(i for i, a in enumerate(self.axes) if a is None),
+            tuple(i for i, a in enumerate(self.axes) if a is None or a in self.own_stacked),
         )
 
 
@@ -301,13 +329,13 @@ class _Layer(NamedTuple):
     def depth(self) -> int:
         return len(self.path)
 
-    def around(self, leaf: _Leaf) -> bool:
+    def around(self, leaf: Parameter) -> bool:
         return leaf.owner[: len(self.path)] == self.path
 
-    def holds(self, leaf: _Leaf) -> bool:
+    def holds(self, leaf: Parameter) -> bool:
         return self.around(leaf) and leaf.kind in dict(self.constraints)
 
-    def check(self, leaves: Mapping[str, _Leaf]) -> None:
+    def check(self, leaves: Mapping[str, Parameter]) -> None:
         """Raises if a keyword is for a parameter that the layer does not have."""
         has = sorted({leaf.kind for leaf in leaves.values() if self.around(leaf)})
         for name, constraint in self.constraints:
@@ -360,7 +388,7 @@ class _Trace:
     def __init__(self) -> None:
         # A number never comes back, as the address of an object does.
         self.number = next(_numbers)
-        self.leaves: dict[str, _Leaf] = {}
+        self.leaves: dict[str, Parameter] = {}
         self.layers: list[_Layer] = []
         # By path, and by the stacks that it is seen from.
         self.axes: dict[tuple[str, tuple[str, ...]], tuple[int | None, ...]] = {}
@@ -381,8 +409,8 @@ class _Trace:
         return result
 
     def _look(self, module: nn.Module, scope: flax.core.Scope) -> None:
-        if isinstance(module, _Constrained) and module.declared_constraints.pairs:
-            layer = _Layer(module.path, type(module).__name__, module.declared_constraints.pairs)
+        if pairs := declarations(module):
+            layer = _Layer(module.path, type(module).__name__, pairs)
             if layer not in self.layers:
                 self.layers.append(layer)
         if not scope.is_mutable_collection("params"):
@@ -392,15 +420,18 @@ class _Trace:
         around = _transformations(scope)
         stacks = tuple(kind for kind in around if kind in _STACKS)
         boxes = around != () and around[-1] in _STACKS
+        inside = _nnx_parameters(module) if isinstance(module, bridge.ToLinen) else {}
         for name, value in dict(module.variables.get("params", {})).items():
 
             def seen(keys: Any, leaf: Any, name: str = name) -> Any:
-                path = "/".join(filter(None, (*module.path, name, path_of(keys))))
+                own_path = "/".join(filter(None, (str(name), path_of(keys))))
+                path = "/".join((*module.path, own_path))
                 held = leaf.held if isinstance(leaf, _Axes) else leaf
                 bare = meta.unbox(held)
                 if path not in self.leaves:
                     # Layers inside this one have returned before: what is new is its own.
-                    self.leaves[path] = _own(module, name, bare, whole=not keys)
+                    own = inside.get(own_path) or _own(module, name, bare, whole=not keys)
+                    self.leaves[path] = own
                 if isinstance(leaf, _Axes):
                     self.axes[path, stacks] = leaf.axes
                 axes = self.axes.setdefault((path, stacks), tuple(range(bare.ndim)))
@@ -435,11 +466,37 @@ _FLAG = "optax_constraints"
 _numbers = itertools.count()
 
 
-def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> _Leaf:
+def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> Parameter:
     """A parameter that a layer has just made; `whole` unless it is a part of one."""
     layer = layer_type(module) or type(module).__name__
     fan_in = own_fan_in(module, name, value.shape) if whole else None
-    return _Leaf(module.path, layer, _kind(module, name), value.shape, fan_in)
+    return Parameter(module.path, layer, _kind(module, name), value.shape, fan_in)
+
+
+def _nnx_parameters(module: bridge.ToLinen) -> dict[str, Parameter]:
+    """The parameters of the NNX module in a Linen one, by path."""
+    # That file imports this one.
+    from optax_constraints.flax import nnx as onnx
+
+    def make() -> Any:
+        rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
+        return module.nnx_class(*module.args, **module.kwargs, **rngs)
+
+    found = {}
+    for leaf in onnx.leaves(nnx.eval_shape(make)):
+        known = leaf.layout()
+        if leaf.constraint is not None:
+            leaf.rule()  # raises if it does not fit
+        found[leaf.path] = Parameter(
+            module.path,
+            known.layer,
+            leaf.kind,
+            leaf.shape,
+            known.fan_in,
+            known.stacked,
+            leaf.constraint,
+        )
+    return found
 
 
 _CELLS = frozenset(
@@ -465,16 +522,10 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     trace = _Trace()
     kwargs = dict(kwargs)
     method = kwargs.pop("method", None) or "__call__"
-    # Only arrays are traced: `train=True` must stay what it is.
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def run(scope: flax.core.Scope, arrays: list[Any]) -> None:
-        rest = iter(arrays)
-        filled = [
-            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        ]
-        args, kwargs = treedef.unflatten(filled)
+        args, kwargs = rebuild(arrays)
         bound = model.clone(parent=scope)
         if isinstance(method, str):
             getattr(bound, method)(*args, **kwargs)
@@ -484,7 +535,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     # The flag also keeps nn.jit from taking a layer out of its cache, unseen.
     flags = {_FLAG: trace.number}
     init = flax.core.init(run, mutable=flax.core.DenyList("intermediates"), flags=flags)
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     with nn.intercept_methods(trace):
         key = jax.eval_shape(lambda: jax.random.key(0))
         rngs = dict.fromkeys(("params", "dropout", "default"), key)

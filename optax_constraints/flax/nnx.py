@@ -41,6 +41,8 @@ from optax_constraints._constraint import Constraint
 from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, path_of
 from optax_constraints._text import describe, shown
+from optax_constraints.flax import linen
+from optax_constraints.flax._bridge import Parts, check_known, linen_parts
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets import Stacked
@@ -204,10 +206,12 @@ def _child(node: Any, key: Any) -> Any:
     return node[key] if isinstance(node, (Mapping, Sequence)) else getattr(node, key)
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """One parameter of a model, and what is known of it."""
 
     path: str
+    kind: str
+    """The keyword that constrains it, without its ending."""
     shape: Shape
     layer: str
     own: Shape | None
@@ -219,9 +223,12 @@ class _Leaf(NamedTuple):
     unit: int
     """The same for parameters that were made in one call."""
     constraint: Constraint | None
+    own_stacked: tuple[int, ...] = ()
+    """Axes of an array of the shape `own` along which layers are stacked already."""
 
     @property
     def pattern(self) -> str:
+        """The pattern of its path: names may hold what would be read as a wildcard."""
         return "/" + glob.escape(self.path)
 
     def stacked(self) -> tuple[int, ...]:
@@ -235,10 +242,34 @@ class _Leaf(NamedTuple):
                 f"rule, {{{self.pattern!r}: Stacked(constraint, axis=...)}}, whose constraint has "
                 "an explicit axis, without layout(model)."
             )
-        return self.stackings[0] if self.stackings else ()
+        outer = self.stackings[0] if self.stackings else ()
+        return tuple(sorted((*outer, *insert_axes(self.own_stacked, outer))))
+
+    def layout(self) -> LeafLayout:
+        """The axes of the leaf."""
+        stacked, fan_in = self.stacked(), self.own_fan_in
+        if fan_in is not None:
+            fan_in = insert_axes(fan_in, self.stackings[0] if self.stackings else ())
+        return LeafLayout(self.layer, fan_in, stacked)
+
+    def rule(self) -> Constraint:
+        """The constraint of the leaf, for the array in which its layers are stacked."""
+        assert self.constraint is not None
+        if not self.stackings:
+            raise ValueError(
+                f"{describe(self.path, self.shape)} had the shape {self.own} when its {self.layer} "
+                f"declared {self.constraint} for it, and is no stack of such arrays. Declare "
+                "nothing here and give a rule for its path."
+            )
+        axes = self.stacked()
+        return (
+            Stacked(self.constraint, axes[0] if len(axes) == 1 else axes)
+            if axes
+            else (self.constraint)
+        )
 
 
-def _leaves(model: Any) -> list[_Leaf]:
+def leaves(model: Any, parts: Parts | None = None) -> list[Leaf]:
     """Reads the parameters of a model, in the order of its graph."""
     modules, params = _walk(model)
     owners: dict[int, list[tuple[Any, str]]] = {}
@@ -262,24 +293,56 @@ def _leaves(model: Any) -> list[_Leaf]:
         holders = [h for h in holders if _own_shape(*h) is not None] or holders[:1]
         owner, name = holders[0]
         constraints = sorted(found.get(id(param), ()), key=lambda declaration: declaration[0])
+        constraint = _nearest_constraint(path, constraints)
+        part = None
+        for wrapper, inside in (parts or {}).items():
+            if keys[: len(wrapper)] == wrapper:
+                part = inside.get("/".join(map(str, keys[len(wrapper) :])))
+        if part is not None:
+            leaves.append(_of_linen(path, shape, *part, around=constraint))
+            continue
         own, stackings = None, []
         for own_shape in (_own_shape(owner, name), *(own for _, _, own in constraints[:1])):
             if own_shape is not None and not stackings:
                 own, stackings = own_shape, _stackings(shape, own_shape)
         fan_ins = {own_fan_in(*h, own) for h in holders} if own is not None and stackings else set()
         leaves.append(
-            _Leaf(
+            Leaf(
                 path,
+                _name(modules, keys),
                 shape,
                 layer_type(owner) or type(owner).__name__,
                 own,
                 fan_ins.pop() if len(fan_ins) == 1 else None,
                 stackings,
                 id(next((m for m in above if isinstance(m, _UNITS)), owner)),
-                _nearest_constraint(path, constraints),
+                constraint,
             )
         )
     return [leaf._replace(stackings=_narrow(leaf, leaves)) for leaf in leaves]
+
+
+def _of_linen(
+    path: str,
+    shape: Shape,
+    own: linen.Parameter,
+    constraint: Constraint | None,
+    around: Constraint | None,
+) -> Leaf:
+    """A parameter of a Linen module, of which that module says this."""
+    known = own.layout(path)
+    return Leaf(
+        path,
+        own.kind,
+        shape,
+        known.layer,
+        own.shape,
+        known.fan_in,
+        _stackings(shape, own.shape),
+        id(own),
+        around if constraint is None else constraint,
+        known.stacked,
+    )
 
 
 def _declared_param(keys: Keys, module: Any, entry: _Declared, inside: Keys) -> Any:
@@ -339,7 +402,7 @@ def _stackings(shape: Shape, own: Shape) -> list[tuple[int, ...]]:
     return [axes for axes in subsets if drop_axes(shape, axes) == own]
 
 
-def _narrow(leaf: _Leaf, leaves: list[_Leaf]) -> list[tuple[int, ...]]:
+def _narrow(leaf: Leaf, leaves: list[Leaf]) -> list[tuple[int, ...]]:
     """Keeps the stackings that agree with those of the parameters made in the same call.
 
     They share one `out_axes`, which counts from the front or, if negative, from the end.
@@ -368,8 +431,9 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
 
     Args:
         model: A module; its arrays may be abstract, as from `nnx.eval_shape`.
-        *example_inputs: Not needed, since an NNX model has its parameters already.
-        **kwargs: Not needed either.
+        *example_inputs: Needed only for Linen modules in it, by `nnx.bridge.ToNNX`: an example
+            of what the model is called with. Arrays may be abstract.
+        **kwargs: The same by name.
 
     Returns:
         For each parameter with a constraint the pattern of its path, anchored at the root, and
@@ -378,7 +442,8 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
 
     Raises:
         ValueError: If sizes do not tell along which axis layers are stacked; if layers that
-            share a parameter declare different constraints for it; if a parameter is gone.
+            share a parameter declare different constraints for it; if a parameter is gone; if
+            a Linen module may declare something and the inputs are missing.
 
     Example:
         >>> from flax import nnx
@@ -389,24 +454,10 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
         >>> declared(stack(jax.random.split(jax.random.key(0), 5)))
         {'/kernel': Stacked(constraint=UnitNorm(axis=0), axis=0)}
     """
-    del example_inputs, kwargs
-    return {
-        leaf.pattern: _as_stored(leaf) for leaf in _leaves(model) if leaf.constraint is not None
-    }
-
-
-def _as_stored(leaf: _Leaf) -> Any:
-    """The constraint of a leaf, for the array in which its layers are stacked."""
-    if not leaf.stackings:
-        raise ValueError(
-            f"{describe(leaf.path, leaf.shape)} had the shape {leaf.own} when its {leaf.layer} "
-            f"declared {leaf.constraint} for it, and is no stack of such arrays. Declare nothing "
-            "here and give a rule for its path."
-        )
-    axes = leaf.stacked()
-    if not axes:
-        return leaf.constraint
-    return Stacked(leaf.constraint, axes[0] if len(axes) == 1 else axes)
+    parts = linen_parts(model, example_inputs, kwargs)
+    check_known(model, parts)
+    found = leaves(model, parts)
+    return {leaf.pattern: leaf.rule() for leaf in found if leaf.constraint is not None}
 
 
 def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, LeafLayout]:
@@ -416,8 +467,9 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
 
     Args:
         model: A module; its arrays may be abstract, as from `nnx.eval_shape`.
-        *example_inputs: Not needed, since an NNX model has its parameters already.
-        **kwargs: Not needed either.
+        *example_inputs: Needed only for Linen modules in it, by `nnx.bridge.ToNNX`: an example
+            of what the model is called with. Arrays may be abstract.
+        **kwargs: The same by name.
 
     Returns:
         For the path of each `nnx.Param` the type of its layer (Flax's, where it is made from
@@ -432,13 +484,8 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
         >>> layout(nnx.Conv(2, 3, kernel_size=(5, 5), use_bias=False, rngs=nnx.Rngs(0)))
         {'kernel': LeafLayout(layer='Conv', fan_in=(0, 1, 2), stacked=())}
     """
-    del example_inputs, kwargs
-    known = {}
-    for leaf in _leaves(model):
-        stacked = leaf.stacked()
-        fan_in = None if leaf.own_fan_in is None else insert_axes(leaf.own_fan_in, stacked)
-        known[leaf.path] = LeafLayout(leaf.layer, fan_in, stacked)
-    return known
+    parts = linen_parts(model, example_inputs, kwargs)
+    return {leaf.path: leaf.layout() for leaf in leaves(model, parts)}
 
 
 # `layout` is also the name of an argument.
