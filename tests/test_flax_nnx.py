@@ -873,6 +873,7 @@ def test_rules_of_the_optimizer_replace_what_is_declared():
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     optimizer.update(model, grads)
     np.testing.assert_allclose(norms(float64(model.kernel[...]), (0, 1)), 1, rtol=1e-6)
+    assert model.bias is not None
     assert np.all(float64(model.bias[...]) == -1)
 
 
@@ -916,6 +917,7 @@ def test_eager_updates_do_not_bind_again():
     asked = len(seen)
     for _ in range(3):
         optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert model.bias is not None
     np.testing.assert_array_equal(model.bias[...], 0)
     assert len(seen) == asked == 2
 

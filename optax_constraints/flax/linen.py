@@ -25,7 +25,7 @@ import functools
 import glob
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.core
 import jax
@@ -43,6 +43,7 @@ from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Rules, path_of
 from optax_constraints._text import shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._signature import SUFFIX, signature
 from optax_constraints.flax._static import (
     HeldLayout,
     HeldRules,
@@ -53,8 +54,6 @@ from optax_constraints.flax._static import (
 from optax_constraints.sets import Stacked
 
 # Layers.
-
-_SUFFIX = "_constraint"
 
 
 class _Declared:
@@ -71,7 +70,7 @@ class _Declared:
         """These with the constraints that keywords of a layer add, replace or take away."""
         pairs = dict(self.pairs)
         for keyword, value in keywords.items():
-            name = keyword.removesuffix(_SUFFIX)
+            name = keyword.removesuffix(SUFFIX)
             constraint = layer_constraint(f"{layer}: {keyword}={shown(value)}", value)
             pairs.pop(name, None)
             if constraint is not None:
@@ -96,7 +95,9 @@ class _Constrained:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Linen writes a new __init__ for each subclass, also for those that nn.scan makes.
         super().__init_subclass__(**kwargs)
-        cls.__init__ = _collecting(cls.__init__)
+        init = cls.__init__
+        cls.__init__ = _collecting(init)
+        vars(cls.__init__)["__signature__"] = signature(cls, init)
 
 
 def declarations(module: nn.Module) -> tuple[tuple[str, Constraint], ...]:
@@ -111,7 +112,7 @@ def _collecting(init: Callable[..., None]) -> Callable[..., None]:
         keywords = {
             key: kwargs.pop(key)
             for key in list(kwargs)
-            if key.endswith(_SUFFIX) and key not in fields
+            if key.endswith(SUFFIX) and key not in fields
         }
         if keywords:
             before = kwargs.get("declared_constraints", _Declared())
@@ -171,25 +172,30 @@ def constrained(layer: Any) -> Any:
     return type(layer.__name__, (_Constrained, layer), body)
 
 
-Dense = constrained(nn.Dense)
-DenseGeneral = constrained(nn.DenseGeneral)
-Einsum = constrained(nn.Einsum)
-Conv = constrained(nn.Conv)
-ConvTranspose = constrained(nn.ConvTranspose)
-ConvLocal = constrained(nn.ConvLocal)
-Embed = constrained(nn.Embed)
-LayerNorm = constrained(nn.LayerNorm)
-BatchNorm = constrained(nn.BatchNorm)
-GroupNorm = constrained(nn.GroupNorm)
-RMSNorm = constrained(nn.RMSNorm)
-MultiHeadDotProductAttention = constrained(nn.MultiHeadDotProductAttention)
-MultiHeadAttention = constrained(nn.MultiHeadAttention)
-SelfAttention = constrained(nn.SelfAttention)
-LSTMCell = constrained(nn.LSTMCell)
-OptimizedLSTMCell = constrained(nn.OptimizedLSTMCell)
-GRUCell = constrained(nn.GRUCell)
-SimpleCell = constrained(nn.SimpleCell)
-PReLU = constrained(nn.PReLU)
+# A type checker cannot learn from `constrained` which keywords it adds.
+if TYPE_CHECKING:
+    # There is nothing but types in that file.
+    from optax_constraints.flax._linen_layers import *  # noqa: F403  # pyright: ignore[reportMissingModuleSource]
+else:
+    Dense = constrained(nn.Dense)
+    DenseGeneral = constrained(nn.DenseGeneral)
+    Einsum = constrained(nn.Einsum)
+    Conv = constrained(nn.Conv)
+    ConvTranspose = constrained(nn.ConvTranspose)
+    ConvLocal = constrained(nn.ConvLocal)
+    Embed = constrained(nn.Embed)
+    LayerNorm = constrained(nn.LayerNorm)
+    BatchNorm = constrained(nn.BatchNorm)
+    GroupNorm = constrained(nn.GroupNorm)
+    RMSNorm = constrained(nn.RMSNorm)
+    MultiHeadDotProductAttention = constrained(nn.MultiHeadDotProductAttention)
+    MultiHeadAttention = constrained(nn.MultiHeadAttention)
+    SelfAttention = constrained(nn.SelfAttention)
+    LSTMCell = constrained(nn.LSTMCell)
+    OptimizedLSTMCell = constrained(nn.OptimizedLSTMCell)
+    GRUCell = constrained(nn.GRUCell)
+    SimpleCell = constrained(nn.SimpleCell)
+    PReLU = constrained(nn.PReLU)
 
 
 # Reading a model.
@@ -341,9 +347,9 @@ class _Layer(NamedTuple):
         for name, constraint in self.constraints:
             if name not in has:
                 where = repr("/".join(self.path)) if self.path else "the model itself"
-                known = ", ".join(kind + _SUFFIX + "=" for kind in has) or "none"
+                known = ", ".join(kind + SUFFIX + "=" for kind in has) or "none"
                 raise ValueError(
-                    f"{where} ({self.name}) was given {name}{_SUFFIX}={constraint!r}, and has no "
+                    f"{where} ({self.name}) was given {name}{SUFFIX}={constraint!r}, and has no "
                     f"parameter {name!r}. Its parameters take {known}; leave this one out, or "
                     "switch the parameter on, as by use_bias=True."
                 )

@@ -28,7 +28,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,13 @@ from optax_constraints._text import describe, shown
 from optax_constraints.flax import linen
 from optax_constraints.flax._bridge import Parts, check_known, linen_parts
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._signature import SUFFIX, OfInit, signature
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets import Stacked
 
 Keys = tuple[Any, ...]
 Shape = tuple[int, ...]
 
-_SUFFIX = "_constraint"
 _CELLS = (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell)
 _HIDDEN_TO_HIDDEN = ("hi", "hf", "hg", "ho", "dense_h")
 # They make their own layers, so that those are stacked together or not at all.
@@ -130,13 +130,15 @@ def constrained(layer: type[nnx.Module]) -> Any:
 
     @functools.wraps(layer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = [name for name in kwargs if name.endswith(_SUFFIX) and name not in own]
+        given = [name for name in kwargs if name.endswith(SUFFIX) and name not in own]
         wanted = {name: kwargs.pop(name) for name in given}
         layer.__init__(self, *args, **kwargs)
         _declare(self, wanted)
 
+    vars(__init__)["__signature__"] = signature(layer, layer.__init__)
     body = {
         "__init__": __init__,
+        "__signature__": OfInit(),
         # Not the text of `layer`: its examples would be run again as doctests of this one.
         "__doc__": f"`{layer.__module__}.{layer.__name__}` that takes `<parameter>_constraint=`.",
         "__module__": __name__ if layer.__module__.startswith("flax.") else layer.__module__,
@@ -158,7 +160,7 @@ def _declare(module: Any, wanted: Mapping[str, Any]) -> None:
         leaves.setdefault(_name(modules, keys), []).append((keys, tuple(param.shape)))
     for keyword, value in wanted.items():
         where = f"{type(module).__name__}({keyword}={shown(value)})"
-        name = keyword.removesuffix(_SUFFIX)
+        name = keyword.removesuffix(SUFFIX)
         constraint = layer_constraint(where, value)
         try:
             hash(constraint)
@@ -353,7 +355,7 @@ def _declared_param(keys: Keys, module: Any, entry: _Declared, inside: Keys) -> 
     if not isinstance(param, nnx.Param):
         path = "/".join(map(str, (*keys, *inside)))
         raise ValueError(
-            f"{path!r} has the constraint {entry.constraint} from the {entry.name}{_SUFFIX} of "
+            f"{path!r} has the constraint {entry.constraint} from the {entry.name}{SUFFIX} of "
             f"a {type(module).__name__}, and is no parameter any more. Make the layer again, "
             "with the constraints that it now needs."
         )
@@ -587,20 +589,25 @@ def _set(variable: nnx.Variable, array: jax.Array) -> None:
     variable[...] = array
 
 
-Linear = constrained(nnx.Linear)
-LinearGeneral = constrained(nnx.LinearGeneral)
-Einsum = constrained(nnx.Einsum)
-Conv = constrained(nnx.Conv)
-ConvTranspose = constrained(nnx.ConvTranspose)
-Embed = constrained(nnx.Embed)
-LayerNorm = constrained(nnx.LayerNorm)
-BatchNorm = constrained(nnx.BatchNorm)
-GroupNorm = constrained(nnx.GroupNorm)
-RMSNorm = constrained(nnx.RMSNorm)
-MultiHeadAttention = constrained(nnx.MultiHeadAttention)
-LSTMCell = constrained(nnx.LSTMCell)
-OptimizedLSTMCell = constrained(nnx.OptimizedLSTMCell)
-GRUCell = constrained(nnx.GRUCell)
-SimpleCell = constrained(nnx.SimpleCell)
-if hasattr(nnx, "PReLU"):  # not yet in Flax 0.11
-    PReLU = constrained(nnx.PReLU)
+# A type checker cannot learn from `constrained` which keywords it adds.
+if TYPE_CHECKING:
+    # There is nothing but types in that file.
+    from optax_constraints.flax._nnx_layers import *  # noqa: F403  # pyright: ignore[reportMissingModuleSource]
+else:
+    Linear = constrained(nnx.Linear)
+    LinearGeneral = constrained(nnx.LinearGeneral)
+    Einsum = constrained(nnx.Einsum)
+    Conv = constrained(nnx.Conv)
+    ConvTranspose = constrained(nnx.ConvTranspose)
+    Embed = constrained(nnx.Embed)
+    LayerNorm = constrained(nnx.LayerNorm)
+    BatchNorm = constrained(nnx.BatchNorm)
+    GroupNorm = constrained(nnx.GroupNorm)
+    RMSNorm = constrained(nnx.RMSNorm)
+    MultiHeadAttention = constrained(nnx.MultiHeadAttention)
+    LSTMCell = constrained(nnx.LSTMCell)
+    OptimizedLSTMCell = constrained(nnx.OptimizedLSTMCell)
+    GRUCell = constrained(nnx.GRUCell)
+    SimpleCell = constrained(nnx.SimpleCell)
+    if hasattr(nnx, "PReLU"):  # not yet in Flax 0.11
+        PReLU = constrained(nnx.PReLU)
