@@ -1,5 +1,7 @@
 """Constraints declared on Linen layers: the same layers, the right leaves, and they hold."""
 
+import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.linen.transforms import add_metadata_axis
 from flax.training import train_state
 
 import optax_constraints as oc
@@ -522,6 +525,116 @@ def test_a_parameter_that_is_not_its_layers_own_is_an_error():
             read(model, X)
 
 
+NORMS = {
+    "WeightNorm": (nn.WeightNorm, {}),
+    "WeightNorm of all": (functools.partial(nn.WeightNorm, variable_filter=None), {}),
+    "SpectralNorm": (nn.SpectralNorm, {"update_stats": True}),
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("inner", [ocl.Dense, nn.remat(ocl.Dense)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_wrappers_that_rewrite_the_parameters_of_a_layer(norm, inner, stacked):
+    wrap, kwargs = NORMS[norm]
+    own = oc.max_norm(1.0, axis="fan_in")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            layer = inner(4, kernel_constraint=own, name="inner")
+            return nn.Dense(4)(wrap(layer)(nn.Dense(4)(carry), **kwargs)), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 1, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=4,
+    )
+    model = stack() if stacked else Model()
+    params = model.init(KEY, X44)["params"]
+    rules, layout = ocl.declared(model, X44), ocl.layout(model, X44)
+    assert set(layout) == set(flat(params))
+    assert rules == {"/inner/kernel": oc.Stacked(own, 1) if stacked else own}
+    assert layout["inner/kernel"] == ("Dense", (0,), (1,) if stacked else ())
+    oc.constrain(params, rules, layout=layout)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_stack_inside_such_a_wrapper(norm):
+    wrap, kwargs = NORMS[norm]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            tower = mapped(1, ocl.Dense)(4, kernel_constraint=oc.max_norm(1.0), name="tower")
+            return wrap(tower)(x, **kwargs)
+
+    model = Model()
+    assert set(ocl.layout(model, X44)) == set(flat(model.init(KEY, X44)["params"]))
+    assert ocl.layout(model, X44)["tower/kernel"] == ("Dense", (0,), (1,))
+    assert ocl.declared(model, X44) == {"/tower/kernel": oc.Stacked(oc.max_norm(1.0), 1)}
+
+
+def test_a_weight_norm_of_boxed_parameters_has_flaxs_own_names():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+            return nn.WeightNorm(nn.Dense(4, kernel_init=init))(carry), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    for model in (Model(), stack()):
+        try:
+            params = model.init(KEY, X44)["params"]
+        except AttributeError:
+            pytest.skip("nn.WeightNorm of Flax 0.11 takes no boxes")
+        assert set(ocl.layout(model, X44)) == set(flat(nn.unbox(params)))
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_an_axis_in_the_metadata_alone_is_no_stack(boxed, stacked):
+    init = nn.initializers.ones
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            layer = add_metadata_axis(
+                ocl.Dense, variable_axes={"params": 0}, metadata_params={nn.PARTITION_NAME: "more"}
+            )
+            kernel_init = nn.with_partitioning(init, ("in", "out")) if boxed else init
+            keywords = {"kernel_constraint": oc.max_norm(1.0, axis="fan_in"), "name": "layer"}
+            return layer(4, kernel_init=kernel_init, **keywords)(carry), None
+
+    stack = nn.vmap(
+        Model,
+        {"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    model = stack() if stacked else Model()
+    params = model.init(KEY, X44)["params"]
+    rules, layout = ocl.declared(model, X44), ocl.layout(model, X44)
+    assert set(layout) == set(flat(nn.unbox(params)))
+    own = oc.max_norm(1.0, axis="fan_in")
+    assert rules == {"/layer/kernel": oc.Stacked(own, 0) if stacked else own}
+    at = (0,) if stacked else ()
+    assert layout["layer/kernel"] == ("Dense", (len(at),), at)
+    kernel = nn.unbox(oc.constrain(params, rules, layout=layout))["layer"]["kernel"]
+    np.testing.assert_allclose(kernel, 0.5, rtol=1e-6)
+
+
 # A layer of one's own.
 
 
@@ -638,6 +751,62 @@ def test_a_value_that_is_no_constraint():
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"not a Linen module; write declared\(model, x\)"):
         ocl.declared({}, X)
+
+
+# Layers that are made inside a trace.
+
+
+class Clipped(oc.Constraint):
+    def __init__(self, bounds):
+        self.bounds = bounds
+
+    def __call__(self, w):
+        return jnp.minimum(w, self.bounds["upper"][0])
+
+
+AROUND = {
+    "an array": lambda x: oc.box(upper=x),
+    "a number": lambda x: oc.max_norm(x.max()),
+    "nested": lambda x: oc.stacked(oc.compose(oc.non_neg(), oc.box(upper=x))),
+    "a mapping": lambda x: Clipped({"upper": [x]}),
+    "a partial function": lambda x: functools.partial(jnp.minimum, x),
+    "a function": lambda x: lambda w: jnp.minimum(w, x),
+    "a schedule": lambda x: oc.max_norm(lambda step: x.max()),
+}
+
+
+@pytest.mark.parametrize("form", AROUND)
+def test_a_traced_array_is_an_error_when_the_layer_is_made(form):
+    def train(constraint):
+        return ocl.Dense(3, kernel_constraint=constraint).init(KEY, X)
+
+    message = (
+        r"(?s)^Dense: kernel_constraint=.*an array that JAX is tracing.*with NumPy, as in "
+        r"np\.ones\(3\), or outside of the function"
+    )
+    for lift in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(TypeError, match=message):
+            lift(lambda x: train(AROUND[form](x)))(jnp.ones((2, 3)))
+    for bound in (np.full(3, 0.5), jnp.full(3, 0.5)):
+        constraint = AROUND[form](bound)
+        jax.jit(lambda constraint=constraint: train(constraint))()
+
+
+def test_arrays_of_numpy_are_declared_inside_a_trace():
+    class Model(nn.Module):
+        lib: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return ocl.Dense(3, kernel_constraint=oc.box(upper=self.lib.full(3, 0.5)))(x)
+
+    rules = ocl.declared(Model(np), X)
+    params = {"kernel": jnp.ones((4, 3))}
+    np.testing.assert_array_equal(
+        oc.constrain({"Dense_0": params}, rules)["Dense_0"]["kernel"], 0.5
+    )
+    with pytest.raises(TypeError, match=r"Dense: kernel_constraint=.*JAX is tracing"):
+        ocl.declared(Model(jnp), X)
 
 
 # TrainState.
@@ -795,4 +964,116 @@ def test_eager_steps_do_not_bind_again():
     for _ in range(3):
         state = state.apply_gradients(grads=params)
     assert np.all(np.asarray(state.params["bias"]) >= 0)
+    assert len(seen) == asked == 2
+
+
+def sgd_init(params):
+    return optax.EmptyState()
+
+
+def sgd_update(updates, state, params=None):
+    return jax.tree.map(lambda u: -0.1 * u, updates), state
+
+
+def nothing(*args):
+    """A module's method would be a new one in each copy."""
+
+
+MODEL = ocl.Dense(7, kernel_constraint=oc.max_norm(0.5, axis="fan_in"), bias_constraint="non_neg")
+SGD = optax.GradientTransformation(sgd_init, sgd_update)
+
+
+def equal_states() -> dict[str, Any]:
+    """States that were made apart, of one model, optimizer and equal rules."""
+
+    def make() -> Any:
+        x = numbers(3, 5)
+        return ocl.TrainState.create(
+            apply_fn=nothing,
+            params=jax.tree.map(jnp.asarray, make_state().params),
+            tx=SGD,
+            rules=ocl.declared(MODEL, x),
+            layout=dict(reversed(ocl.layout(MODEL, x).items())),
+        )
+
+    first, second = make(), make()
+    return {
+        "first": first,
+        "second": second,
+        "deep copy": copy.deepcopy(first),
+        "pickled": pickle.loads(pickle.dumps(first)),
+        "restored": serialization.from_bytes(second, serialization.to_bytes(first)),
+    }
+
+
+def test_states_of_equal_rules_are_traced_once():
+    traced = []
+
+    @jax.jit
+    def step(state):
+        traced.append(None)
+        return state.apply_gradients(grads=state.params)
+
+    states = equal_states()
+    stepped = {name: step(state) for name, state in states.items()}
+    assert len(traced) == 1
+    for name, state in states.items():
+        assert hash(jax.tree.structure(state)) == hash(jax.tree.structure(states["first"]))
+        assert jax.tree.structure(state) == jax.tree.structure(states["first"])
+        same(stepped[name], stepped["first"])
+
+
+def test_states_of_equal_rules_go_through_maps_and_branches():
+    states = equal_states()
+    first = states.pop("first")
+    for state in states.values():
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, state)
+        same(mean.params, first.params)
+        chosen = jax.lax.cond(True, lambda a, b: a, lambda a, b: b, first, state)
+        same(chosen.params, first.params)
+
+
+def test_states_of_other_rules_are_other_states():
+    rules = {"kernel": oc.max_norm(0.5), "bias": None}
+    layout = ocl.layout(MODEL, numbers(3, 5))
+    state = make_state(rules=rules, layout=layout)
+    for other in (
+        {"rules": {"kernel": oc.max_norm(0.6), "bias": None}},
+        {"rules": dict(reversed(rules.items()))},  # the first that matches wins
+        {"rules": {"kernel": oc.max_norm(0.5)}},
+        {"layout": None},
+        {"layout": {**layout, "kernel": layout["kernel"]._replace(fan_in=(1,))}},
+    ):
+        assert jax.tree.structure(state.replace(**other)) != jax.tree.structure(state)
+
+
+def test_rules_that_do_not_hash_are_equal_to_themselves_alone():
+    @dataclasses.dataclass
+    class Unhashable(oc.Constraint):
+        bounds: list[float]
+
+        def __call__(self, w):
+            return jnp.clip(w, *self.bounds)
+
+    rules = {"kernel": Unhashable([-0.1, 0.1])}
+    state = make_state(rules=rules)
+    assert jax.tree.structure(state) != jax.tree.structure(make_state(rules=rules))
+    new = jax.jit(lambda s: s.apply_gradients(grads=gradients(s)))(state)
+    assert np.abs(np.asarray(new.params["kernel"])).max() <= np.float32(0.1)
+
+
+def test_copies_of_a_state_do_not_bind_again():
+    seen = []
+
+    def is_bias(path, leaf):
+        seen.append(path)
+        return path == "bias"
+
+    def state():
+        return make_state(rules=[(is_bias, oc.non_neg())])
+
+    first = state()
+    asked = len(seen)
+    for other in (copy.deepcopy(first), state()):
+        other.apply_gradients(grads=first.params)
     assert len(seen) == asked == 2

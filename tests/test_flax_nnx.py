@@ -1,5 +1,6 @@
 """Flax NNX: layers that declare constraints, and what their models say."""
 
+import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
@@ -295,6 +296,22 @@ def test_values_are_those_that_get_accepts_and_checked_when_the_layer_is_made():
 
     with pytest.raises(TypeError, match=r"Linear\(kernel_constraint=.*unhashable"):
         make(Unhashable())
+
+
+def test_a_traced_array_is_an_error_when_the_layer_is_made():
+    def make(lib: Any) -> Any:
+        bound = oc.stacked(oc.compose("non_neg", oc.box(upper=lib.full(3, 0.5))))
+        return onnx.Linear(4, 3, kernel_constraint=bound, rngs=nnx.Rngs(0))
+
+    with pytest.raises(
+        TypeError,
+        match=r"^Linear\(kernel_constraint=.*an array that JAX is tracing.*as in np\.ones\(3\), or "
+        "outside of the function",
+    ):
+        nnx.jit(lambda: make(jnp))()
+    model = nnx.jit(lambda: make(np))()
+    kernel = oc.constrain({"kernel": jnp.ones((5, 3))}, onnx.declared(model))["kernel"]
+    np.testing.assert_array_equal(kernel, 0.5)
 
 
 def test_other_keywords_are_still_those_of_the_layer():
@@ -856,6 +873,7 @@ def test_rules_of_the_optimizer_replace_what_is_declared():
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     optimizer.update(model, grads)
     np.testing.assert_allclose(norms(float64(model.kernel[...]), (0, 1)), 1, rtol=1e-6)
+    assert model.bias is not None
     assert np.all(float64(model.bias[...]) == -1)
 
 
@@ -899,5 +917,47 @@ def test_eager_updates_do_not_bind_again():
     asked = len(seen)
     for _ in range(3):
         optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert model.bias is not None
     np.testing.assert_array_equal(model.bias[...], 0)
+    assert len(seen) == asked == 2
+
+
+def test_optimizers_of_equal_rules_are_traced_once():
+    tx = optax.sgd(0.1)
+
+    def make(**keywords: Any) -> Any:
+        model = onnx.Linear(2, 3, kernel_constraint=oc.max_norm(0.3, "fan_in"), rngs=nnx.Rngs(0))
+        return model, onnx.Optimizer(model, tx, **keywords)
+
+    traces = []
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> None:
+        traces.append(1)
+        optimizer.update(model, nnx.state(model, nnx.Param))
+
+    first, second = make(), make()
+    pairs = (first, second, copy.deepcopy(first), make(rules={"/kernel": UNIT}))
+    assert nnx.split(first)[0] == nnx.split(second)[0] == nnx.split(pairs[2])[0]
+    assert hash(nnx.split(first)[0]) == hash(nnx.split(second)[0]) == hash(nnx.split(pairs[2])[0])
+    for i, (model, optimizer) in enumerate(pairs):
+        assert (nnx.split((model, optimizer))[0] == nnx.split(first)[0]) == (i < 3)
+        step(model, optimizer)
+        assert len(traces) == (1 if i < 3 else 2)
+    assert nnx.split(make(layout={})[1])[0] != nnx.split(first[1])[0]
+    assert bits(second[0].kernel[...]) == bits(first[0].kernel[...])
+
+
+def test_copies_of_an_optimizer_do_not_bind_again():
+    seen = []
+
+    def is_bias(path: str, leaf: Any) -> bool:
+        seen.append(path)
+        return path == "bias"
+
+    model = onnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = onnx.Optimizer(model, optax.sgd(0.1), rules=[(is_bias, oc.non_neg())])
+    asked = len(seen)
+    for copied in (nnx.clone(optimizer), copy.deepcopy(optimizer)):
+        copied.update(model, nnx.state(model, nnx.Param))
     assert len(seen) == asked == 2

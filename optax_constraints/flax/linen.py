@@ -25,27 +25,35 @@ import functools
 import glob
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.core
 import jax
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import nnx, struct
 from flax.core import meta
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.nnx import bridge
 from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
-from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._constraint import Constraint
 from optax_constraints._project import constrain_bound, remember
-from optax_constraints._rules import Binder, Rules, path_of
+from optax_constraints._rules import Rules, path_of
+from optax_constraints._text import shown
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._signature import SUFFIX, signature
+from optax_constraints.flax._static import (
+    HeldLayout,
+    HeldRules,
+    binder,
+    layer_constraint,
+    split_arrays,
+)
 from optax_constraints.sets import Stacked
 
 # Layers.
-
-_SUFFIX = "_constraint"
 
 
 class _Declared:
@@ -62,11 +70,8 @@ class _Declared:
         """These with the constraints that keywords of a layer add, replace or take away."""
         pairs = dict(self.pairs)
         for keyword, value in keywords.items():
-            name = keyword.removesuffix(_SUFFIX)
-            try:
-                constraint = as_constraint(value)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{layer}: {keyword}={value!r}: {error}") from error
+            name = keyword.removesuffix(SUFFIX)
+            constraint = layer_constraint(f"{layer}: {keyword}={shown(value)}", value)
             pairs.pop(name, None)
             if constraint is not None:
                 pairs[name] = constraint
@@ -90,7 +95,14 @@ class _Constrained:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Linen writes a new __init__ for each subclass, also for those that nn.scan makes.
         super().__init_subclass__(**kwargs)
-        cls.__init__ = _collecting(cls.__init__)
+        init = cls.__init__
+        cls.__init__ = _collecting(init)
+        vars(cls.__init__)["__signature__"] = signature(cls, init)
+
+
+def declarations(module: nn.Module) -> tuple[tuple[str, Constraint], ...]:
+    """What a layer itself declares: (parameter, constraint) pairs."""
+    return module.declared_constraints.pairs if isinstance(module, _Constrained) else ()
 
 
 def _collecting(init: Callable[..., None]) -> Callable[..., None]:
@@ -100,7 +112,7 @@ def _collecting(init: Callable[..., None]) -> Callable[..., None]:
         keywords = {
             key: kwargs.pop(key)
             for key in list(kwargs)
-            if key.endswith(_SUFFIX) and key not in fields
+            if key.endswith(SUFFIX) and key not in fields
         }
         if keywords:
             before = kwargs.get("declared_constraints", _Declared())
@@ -160,25 +172,30 @@ def constrained(layer: Any) -> Any:
     return type(layer.__name__, (_Constrained, layer), body)
 
 
-Dense = constrained(nn.Dense)
-DenseGeneral = constrained(nn.DenseGeneral)
-Einsum = constrained(nn.Einsum)
-Conv = constrained(nn.Conv)
-ConvTranspose = constrained(nn.ConvTranspose)
-ConvLocal = constrained(nn.ConvLocal)
-Embed = constrained(nn.Embed)
-LayerNorm = constrained(nn.LayerNorm)
-BatchNorm = constrained(nn.BatchNorm)
-GroupNorm = constrained(nn.GroupNorm)
-RMSNorm = constrained(nn.RMSNorm)
-MultiHeadDotProductAttention = constrained(nn.MultiHeadDotProductAttention)
-MultiHeadAttention = constrained(nn.MultiHeadAttention)
-SelfAttention = constrained(nn.SelfAttention)
-LSTMCell = constrained(nn.LSTMCell)
-OptimizedLSTMCell = constrained(nn.OptimizedLSTMCell)
-GRUCell = constrained(nn.GRUCell)
-SimpleCell = constrained(nn.SimpleCell)
-PReLU = constrained(nn.PReLU)
+# A type checker cannot learn from `constrained` which keywords it adds.
+if TYPE_CHECKING:
+    # There is nothing but types in that file.
+    from optax_constraints.flax._linen_layers import *  # noqa: F403  # pyright: ignore[reportMissingModuleSource]
+else:
+    Dense = constrained(nn.Dense)
+    DenseGeneral = constrained(nn.DenseGeneral)
+    Einsum = constrained(nn.Einsum)
+    Conv = constrained(nn.Conv)
+    ConvTranspose = constrained(nn.ConvTranspose)
+    ConvLocal = constrained(nn.ConvLocal)
+    Embed = constrained(nn.Embed)
+    LayerNorm = constrained(nn.LayerNorm)
+    BatchNorm = constrained(nn.BatchNorm)
+    GroupNorm = constrained(nn.GroupNorm)
+    RMSNorm = constrained(nn.RMSNorm)
+    MultiHeadDotProductAttention = constrained(nn.MultiHeadDotProductAttention)
+    MultiHeadAttention = constrained(nn.MultiHeadAttention)
+    SelfAttention = constrained(nn.SelfAttention)
+    LSTMCell = constrained(nn.LSTMCell)
+    OptimizedLSTMCell = constrained(nn.OptimizedLSTMCell)
+    GRUCell = constrained(nn.GRUCell)
+    SimpleCell = constrained(nn.SimpleCell)
+    PReLU = constrained(nn.PReLU)
 
 
 # Reading a model.
@@ -212,14 +229,9 @@ def declared(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Constrain
         >>> ocl.declared(cell, jnp.ones((1, 3)), jnp.ones((1, 2)))
         {'/h/kernel': UnitNorm(axis=0)}
     """
-    trace = _trace(model, args, kwargs)
-    for layer in trace.layers:
-        layer.check(trace.leaves)
     rules: dict[str, Constraint] = {}
-    for path, leaf in trace.leaves.items():
-        around = [layer for layer in trace.layers if layer.holds(leaf)]
-        if around:
-            constraint = dict(max(around, key=_Layer.depth).constraints)[leaf.kind]
+    for path, (leaf, constraint) in parameters(model, args, kwargs).items():
+        if constraint is not None:
             stacked = leaf.layout(path).stacked
             if stacked:
                 constraint = Stacked(constraint, stacked[0] if len(stacked) == 1 else stacked)
@@ -259,8 +271,25 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LeafLayout]
     return {path: leaf.layout(path) for path, leaf in leaves.items()}
 
 
+def parameters(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> "dict[str, tuple[Parameter, Constraint | None]]":
+    """The parameters of a model by path, with what is declared for each as its layer sees it."""
+    trace = _trace(model, args, kwargs)
+    for layer in trace.layers:
+        layer.check(trace.leaves)
+
+    def constraint(leaf: Parameter) -> Constraint | None:
+        around = [layer for layer in trace.layers if layer.holds(leaf)]
+        if leaf.own_constraint is not None or not around:
+            return leaf.own_constraint
+        return dict(max(around, key=_Layer.depth).constraints)[leaf.kind]
+
+    return {path: (leaf, constraint(leaf)) for path, leaf in trace.leaves.items()}
+
+
 @dataclasses.dataclass
-class _Leaf:
+class Parameter:
     """One parameter, as the layer that owns it sees it."""
 
     owner: tuple[str, ...]
@@ -269,14 +298,19 @@ class _Leaf:
     """The keyword that constrains it, without its ending."""
     own_shape: tuple[int, ...]
     own_fan_in: tuple[int, ...] | None
+    own_stacked: tuple[int, ...] = ()
+    """Axes along which layers are stacked inside of the layer."""
+    own_constraint: Constraint | None = None
+    """What is declared inside of the layer."""
     axes: tuple[int | None, ...] = ()
     """For each axis of the leaf the axis that the layer sees, or None for a stack of layers."""
     shape: tuple[int, ...] = ()
 
     def layout(self, path: str) -> LeafLayout:
         """The axes of the leaf."""
-        own = [(a, self.shape[i]) for i, a in enumerate(self.axes) if a is not None]
-        if len(self.axes) != len(self.shape) or own != list(enumerate(self.own_shape)):
+        fits = len(self.axes) == len(self.shape)
+        own = [(a, size) for a, size in zip(self.axes, self.shape, strict=fits) if a is not None]
+        if not fits or own != list(enumerate(self.own_shape)):
             raise ValueError(
                 f"The axes of {path!r} cannot be told: its layer {self.layer} made shape "
                 f"{self.own_shape}, and the model has shape {self.shape}, which comes from "
@@ -287,7 +321,7 @@ class _Leaf:
         return LeafLayout(
             self.layer,
             None if fan_in is None else tuple(i for i, a in enumerate(self.axes) if a in fan_in),
-            tuple(i for i, a in enumerate(self.axes) if a is None),
+            tuple(i for i, a in enumerate(self.axes) if a is None or a in self.own_stacked),
         )
 
 
@@ -301,54 +335,57 @@ class _Layer(NamedTuple):
     def depth(self) -> int:
         return len(self.path)
 
-    def around(self, leaf: _Leaf) -> bool:
+    def around(self, leaf: Parameter) -> bool:
         return leaf.owner[: len(self.path)] == self.path
 
-    def holds(self, leaf: _Leaf) -> bool:
+    def holds(self, leaf: Parameter) -> bool:
         return self.around(leaf) and leaf.kind in dict(self.constraints)
 
-    def check(self, leaves: Mapping[str, _Leaf]) -> None:
+    def check(self, leaves: Mapping[str, Parameter]) -> None:
         """Raises if a keyword is for a parameter that the layer does not have."""
         has = sorted({leaf.kind for leaf in leaves.values() if self.around(leaf)})
         for name, constraint in self.constraints:
             if name not in has:
                 where = repr("/".join(self.path)) if self.path else "the model itself"
-                known = ", ".join(kind + _SUFFIX + "=" for kind in has) or "none"
+                known = ", ".join(kind + SUFFIX + "=" for kind in has) or "none"
                 raise ValueError(
-                    f"{where} ({self.name}) was given {name}{_SUFFIX}={constraint!r}, and has no "
+                    f"{where} ({self.name}) was given {name}{SUFFIX}={constraint!r}, and has no "
                     f"parameter {name!r}. Its parameters take {known}; leave this one out, or "
                     "switch the parameter on, as by use_bias=True."
                 )
 
 
 class _Axes(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter on its way out of transformed layers, which tell it of each axis they add."""
+    """A parameter on its way out of stacked layers, which tell it of each axis they add."""
 
-    value: Any
+    held: Any
+    """The array, in the box of its own that it may have."""
     axes: tuple[int | None, ...] = struct.field(pytree_node=False)
 
     def __getattr__(self, name: str) -> Any:
-        # Tied layers read each other's variables as if they were bare.
+        # Tied layers read each other's variables as if they were not in this box.
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.value, name)
+        return getattr(self.held, name)
 
     def __jax_array__(self) -> Any:
-        return self.value
+        return meta.unbox(self.held)
 
     def unbox(self) -> Any:
-        return self.value
+        return self.held
 
     def replace_boxed(self, val: Any) -> Any:
-        return self.replace(value=val)
+        return self.replace(held=val)
 
     def add_axis(self, index: int, params: Any) -> Any:
         at = index % (len(self.axes) + 1)
-        return self.replace(axes=(*self.axes[:at], None, *self.axes[at:]))
+        held = meta.add_axis(self.held, index, params)
+        return self.replace(held=held, axes=(*self.axes[:at], None, *self.axes[at:]))
 
     def remove_axis(self, index: int, params: Any) -> Any:
         at = index % len(self.axes)
-        return self.replace(axes=self.axes[:at] + self.axes[at + 1 :])
+        held = meta.remove_axis(self.held, index, params)
+        return self.replace(held=held, axes=self.axes[:at] + self.axes[at + 1 :])
 
 
 class _Trace:
@@ -357,8 +394,10 @@ class _Trace:
     def __init__(self) -> None:
         # A number never comes back, as the address of an object does.
         self.number = next(_numbers)
-        self.leaves: dict[str, _Leaf] = {}
+        self.leaves: dict[str, Parameter] = {}
         self.layers: list[_Layer] = []
+        # By path, and by the stacks that it is seen from.
+        self.axes: dict[tuple[str, tuple[str, ...]], tuple[int | None, ...]] = {}
 
     def __call__(
         self,
@@ -376,43 +415,94 @@ class _Trace:
         return result
 
     def _look(self, module: nn.Module, scope: flax.core.Scope) -> None:
-        if isinstance(module, _Constrained) and module.declared_constraints.pairs:
-            layer = _Layer(module.path, type(module).__name__, module.declared_constraints.pairs)
+        if pairs := declarations(module):
+            layer = _Layer(module.path, type(module).__name__, pairs)
             if layer not in self.layers:
                 self.layers.append(layer)
         if not scope.is_mutable_collection("params"):
             return
-        # Inside nn.scan, nn.vmap and the like, parameters are boxed to learn of the axes they
-        # get on the way out; outside, a model may look at the bare ones.
-        transformed = scope.debug_path != scope.path
+        # Inside nn.scan and nn.vmap, parameters are boxed to learn of the axes they get on the
+        # way out. Elsewhere a model, or a wrapper such as nn.WeightNorm, looks at them.
+        around = _transformations(scope)
+        stacks = tuple(kind for kind in around if kind in _STACKS)
+        boxes = around != () and around[-1] in _STACKS
+        inside = _nnx_parameters(module) if isinstance(module, bridge.ToLinen) else {}
         for name, value in dict(module.variables.get("params", {})).items():
 
             def seen(keys: Any, leaf: Any, name: str = name) -> Any:
-                path = "/".join(filter(None, (*module.path, name, path_of(keys))))
-                boxed = isinstance(leaf, _Axes)
-                bare = leaf.value if boxed else meta.unbox(leaf)
+                own_path = "/".join(filter(None, (str(name), path_of(keys))))
+                path = "/".join((*module.path, own_path))
+                held = leaf.held if isinstance(leaf, _Axes) else leaf
+                bare = meta.unbox(held)
                 if path not in self.leaves:
                     # Layers inside this one have returned before: what is new is its own.
-                    self.leaves[path] = _own(module, name, bare, whole=not keys)
-                axes = tuple(leaf.axes if boxed else range(bare.ndim))
-                if transformed:
-                    return _Axes(bare, axes)
-                self.leaves[path].axes = self.leaves[path].axes or axes
-                return bare if boxed else leaf
+                    own = inside.get(own_path) or _own(module, name, bare, whole=not keys)
+                    self.leaves[path] = own
+                if isinstance(leaf, _Axes):
+                    self.axes[path, stacks] = leaf.axes
+                axes = self.axes.setdefault((path, stacks), tuple(range(bare.ndim)))
+                return _Axes(held, axes) if boxes else held
 
             new = jax.tree_util.tree_map_with_path(seen, value, is_leaf=meta.is_axis_metadata)
             scope.put_variable("params", name, new)
+
+
+_STACKS = ("scan", "vmap")
+
+
+def _transformations(scope: flax.core.Scope) -> tuple[str, ...]:
+    """Those around a scope that stack parameters or rewrite them, the innermost last.
+
+    Flax writes them into the names of a path for errors: `("vmap(scan(tower))", "Dense_0")`
+    is a scan around a vmap.
+    """
+    shown = tuple(scope.debug_path)
+    names = ("",) * (len(shown) - len(scope.path)) + tuple(scope.path)
+    found: list[str] = []
+    for text, name in zip(shown, names, strict=True):
+        kinds = []
+        while text != name:
+            kind, text = text[:-1].split("(", 1)
+            kinds.append(kind)
+        found += [kind for kind in reversed(kinds) if kind in (*_STACKS, "map_variables")]
+    return tuple(found)
 
 
 _FLAG = "optax_constraints"
 _numbers = itertools.count()
 
 
-def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> _Leaf:
+def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> Parameter:
     """A parameter that a layer has just made; `whole` unless it is a part of one."""
     layer = layer_type(module) or type(module).__name__
     fan_in = own_fan_in(module, name, value.shape) if whole else None
-    return _Leaf(module.path, layer, _kind(module, name), value.shape, fan_in)
+    return Parameter(module.path, layer, _kind(module, name), value.shape, fan_in)
+
+
+def _nnx_parameters(module: bridge.ToLinen) -> dict[str, Parameter]:
+    """The parameters of the NNX module in a Linen one, by path."""
+    # That file imports this one.
+    from optax_constraints.flax import nnx as onnx
+
+    def make() -> Any:
+        rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
+        return module.nnx_class(*module.args, **module.kwargs, **rngs)
+
+    found = {}
+    for leaf in onnx.leaves(nnx.eval_shape(make)):
+        known = leaf.layout()
+        if leaf.constraint is not None:
+            leaf.rule()  # raises if it does not fit
+        found[leaf.path] = Parameter(
+            module.path,
+            known.layer,
+            leaf.kind,
+            leaf.shape,
+            known.fan_in,
+            known.stacked,
+            leaf.constraint,
+        )
+    return found
 
 
 _CELLS = frozenset(
@@ -438,16 +528,10 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     trace = _Trace()
     kwargs = dict(kwargs)
     method = kwargs.pop("method", None) or "__call__"
-    # Only arrays are traced: `train=True` must stay what it is.
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def run(scope: flax.core.Scope, arrays: list[Any]) -> None:
-        rest = iter(arrays)
-        filled = [
-            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        ]
-        args, kwargs = treedef.unflatten(filled)
+        args, kwargs = rebuild(arrays)
         bound = model.clone(parent=scope)
         if isinstance(method, str):
             getattr(bound, method)(*args, **kwargs)
@@ -457,7 +541,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     # The flag also keeps nn.jit from taking a layer out of its cache, unseen.
     flags = {_FLAG: trace.number}
     init = flax.core.init(run, mutable=flax.core.DenyList("intermediates"), flags=flags)
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     with nn.intercept_methods(trace):
         key = jax.eval_shape(lambda: jax.random.key(0))
         rngs = dict.fromkeys(("params", "dropout", "default"), key)
@@ -472,31 +555,14 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
                 f"{path!r} was made outside of the methods of {type(model).__name__} and its "
                 "layers, so nothing is known of it. Write rules by path for this model."
             )
-        axes = found[path].axes
+        axes = trace.axes.get((path, ()), ())
         if isinstance(leaf, _Axes):
-            leaf, axes = leaf.value, leaf.axes
+            leaf, axes = meta.unbox(leaf), leaf.axes
         trace.leaves[path] = dataclasses.replace(found[path], axes=axes, shape=leaf.shape)
     return trace
 
 
 # Training.
-
-
-class _ById:
-    """Holds what does not hash, such as rules, in a static field of a pytree."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        self._binder: tuple[Any, Binder] | None = None
-
-    def binder(self, layout: "_ById") -> Binder:
-        """These rules with a layout, as one binder that remembers the trees it saw."""
-        if self._binder is None or self._binder[0] is not layout:
-            self._binder = layout, Binder(self.value, layout=layout.value)
-        return self._binder[1]
-
-    def __repr__(self) -> str:
-        return repr(self.value)
 
 
 class TrainState(train_state.TrainState):
@@ -526,17 +592,17 @@ class TrainState(train_state.TrainState):
     """
 
     rules: Any = struct.field(pytree_node=False, kw_only=True)
-    """As for `project`, in a box, since static fields must hash."""
+    """As for `project`, in a box that hashes, and is equal to that of equal rules."""
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
     """As for `project`, in a box."""
     memory: Any = struct.field(kw_only=True, default=())
     """By path, what constraints remember of their leaves, such as norms at init."""
 
     def __post_init__(self) -> None:
-        for name in ("rules", "layout"):
+        for name, box in (("rules", HeldRules), ("layout", HeldLayout)):
             value = getattr(self, name)
-            if not isinstance(value, _ById):
-                object.__setattr__(self, name, _ById(value))
+            if not isinstance(value, box):
+                object.__setattr__(self, name, box(value))
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
         """Updates the parameters, then projects them.
@@ -550,8 +616,8 @@ class TrainState(train_state.TrainState):
         """
         new = super().apply_gradients(grads=grads, **kwargs)
         inner, rebuild = _parameters(new.params)
-        binder = self.rules.binder(self.layout)
-        params, memory = constrain_bound(inner, binder, self.step, self.memory)
+        bind = binder(self.rules, self.layout)
+        params, memory = constrain_bound(inner, bind, self.step, self.memory)
         return new.replace(params=rebuild(params), memory=memory)
 
     @classmethod
@@ -588,10 +654,11 @@ class TrainState(train_state.TrainState):
                 "TrainState.create needs the constraints; write rules=declared(model, x), rules "
                 'by path such as rules={"kernel": max_norm(2.0)}, or rules={} for none.'
             )
-        held = _ById(rules), _ById(layout)
+        held = HeldRules(rules), HeldLayout(layout)
+        bind = binder(*held)
         inner, _ = _parameters(params)
-        memory = remember(inner, held[0].binder(held[1]))
-        jax.eval_shape(lambda p: constrain_bound(p, held[0].binder(held[1]), 0, memory), inner)
+        memory = remember(inner, bind)
+        jax.eval_shape(lambda p: constrain_bound(p, bind, 0, memory), inner)
         return super().create(
             apply_fn=apply_fn,
             params=params,

@@ -28,7 +28,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +37,20 @@ from flax import nnx
 from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
-from optax_constraints._constraint import Constraint, as_constraint
+from optax_constraints._constraint import Constraint
 from optax_constraints._project import constrain_bound, remember
 from optax_constraints._rules import Binder, Rules, leaves_by_path
 from optax_constraints._text import describe, shown
+from optax_constraints.flax import linen
+from optax_constraints.flax._bridge import Parts, check_known, linen_parts
 from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._signature import SUFFIX, OfInit, signature
+from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets import Stacked
 
 Keys = tuple[Any, ...]
 Shape = tuple[int, ...]
 
-_SUFFIX = "_constraint"
 _CELLS = (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell)
 _HIDDEN_TO_HIDDEN = ("hi", "hf", "hg", "ho", "dense_h")
 # They make their own layers, so that those are stacked together or not at all.
@@ -127,13 +130,15 @@ def constrained(layer: type[nnx.Module]) -> Any:
 
     @functools.wraps(layer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = [name for name in kwargs if name.endswith(_SUFFIX) and name not in own]
+        given = [name for name in kwargs if name.endswith(SUFFIX) and name not in own]
         wanted = {name: kwargs.pop(name) for name in given}
         layer.__init__(self, *args, **kwargs)
         _declare(self, wanted)
 
+    vars(__init__)["__signature__"] = signature(layer, layer.__init__)
     body = {
         "__init__": __init__,
+        "__signature__": OfInit(),
         # Not the text of `layer`: its examples would be run again as doctests of this one.
         "__doc__": f"`{layer.__module__}.{layer.__name__}` that takes `<parameter>_constraint=`.",
         "__module__": __name__ if layer.__module__.startswith("flax.") else layer.__module__,
@@ -155,12 +160,12 @@ def _declare(module: Any, wanted: Mapping[str, Any]) -> None:
         leaves.setdefault(_name(modules, keys), []).append((keys, tuple(param.shape)))
     for keyword, value in wanted.items():
         where = f"{type(module).__name__}({keyword}={shown(value)})"
-        name = keyword.removesuffix(_SUFFIX)
+        name = keyword.removesuffix(SUFFIX)
+        constraint = layer_constraint(where, value)
         try:
-            constraint = as_constraint(value)
             hash(constraint)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from error
         if constraint is None:
             continue
         if name not in leaves:
@@ -203,10 +208,12 @@ def _child(node: Any, key: Any) -> Any:
     return node[key] if isinstance(node, (Mapping, Sequence)) else getattr(node, key)
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """One parameter of a model, and what is known of it."""
 
     path: str
+    kind: str
+    """The keyword that constrains it, without its ending."""
     shape: Shape
     layer: str
     own: Shape | None
@@ -218,9 +225,12 @@ class _Leaf(NamedTuple):
     unit: int
     """The same for parameters that were made in one call."""
     constraint: Constraint | None
+    own_stacked: tuple[int, ...] = ()
+    """Axes of an array of the shape `own` along which layers are stacked already."""
 
     @property
     def pattern(self) -> str:
+        """The pattern of its path: names may hold what would be read as a wildcard."""
         return "/" + glob.escape(self.path)
 
     def stacked(self) -> tuple[int, ...]:
@@ -234,10 +244,34 @@ class _Leaf(NamedTuple):
                 f"rule, {{{self.pattern!r}: Stacked(constraint, axis=...)}}, whose constraint has "
                 "an explicit axis, without layout(model)."
             )
-        return self.stackings[0] if self.stackings else ()
+        outer = self.stackings[0] if self.stackings else ()
+        return tuple(sorted((*outer, *insert_axes(self.own_stacked, outer))))
+
+    def layout(self) -> LeafLayout:
+        """The axes of the leaf."""
+        stacked, fan_in = self.stacked(), self.own_fan_in
+        if fan_in is not None:
+            fan_in = insert_axes(fan_in, self.stackings[0] if self.stackings else ())
+        return LeafLayout(self.layer, fan_in, stacked)
+
+    def rule(self) -> Constraint:
+        """The constraint of the leaf, for the array in which its layers are stacked."""
+        assert self.constraint is not None
+        if not self.stackings:
+            raise ValueError(
+                f"{describe(self.path, self.shape)} had the shape {self.own} when its {self.layer} "
+                f"declared {self.constraint} for it, and is no stack of such arrays. Declare "
+                "nothing here and give a rule for its path."
+            )
+        axes = self.stacked()
+        return (
+            Stacked(self.constraint, axes[0] if len(axes) == 1 else axes)
+            if axes
+            else (self.constraint)
+        )
 
 
-def _leaves(model: Any) -> list[_Leaf]:
+def leaves(model: Any, parts: Parts | None = None) -> list[Leaf]:
     """Reads the parameters of a model, in the order of its graph."""
     modules, params = _walk(model)
     owners: dict[int, list[tuple[Any, str]]] = {}
@@ -261,24 +295,56 @@ def _leaves(model: Any) -> list[_Leaf]:
         holders = [h for h in holders if _own_shape(*h) is not None] or holders[:1]
         owner, name = holders[0]
         constraints = sorted(found.get(id(param), ()), key=lambda declaration: declaration[0])
+        constraint = _nearest_constraint(path, constraints)
+        part = None
+        for wrapper, inside in (parts or {}).items():
+            if keys[: len(wrapper)] == wrapper:
+                part = inside.get("/".join(map(str, keys[len(wrapper) :])))
+        if part is not None:
+            leaves.append(_of_linen(path, shape, *part, around=constraint))
+            continue
         own, stackings = None, []
         for own_shape in (_own_shape(owner, name), *(own for _, _, own in constraints[:1])):
             if own_shape is not None and not stackings:
                 own, stackings = own_shape, _stackings(shape, own_shape)
         fan_ins = {own_fan_in(*h, own) for h in holders} if own is not None and stackings else set()
         leaves.append(
-            _Leaf(
+            Leaf(
                 path,
+                _name(modules, keys),
                 shape,
                 layer_type(owner) or type(owner).__name__,
                 own,
                 fan_ins.pop() if len(fan_ins) == 1 else None,
                 stackings,
                 id(next((m for m in above if isinstance(m, _UNITS)), owner)),
-                _nearest_constraint(path, constraints),
+                constraint,
             )
         )
     return [leaf._replace(stackings=_narrow(leaf, leaves)) for leaf in leaves]
+
+
+def _of_linen(
+    path: str,
+    shape: Shape,
+    own: linen.Parameter,
+    constraint: Constraint | None,
+    around: Constraint | None,
+) -> Leaf:
+    """A parameter of a Linen module, of which that module says this."""
+    known = own.layout(path)
+    return Leaf(
+        path,
+        own.kind,
+        shape,
+        known.layer,
+        own.shape,
+        known.fan_in,
+        _stackings(shape, own.shape),
+        id(own),
+        around if constraint is None else constraint,
+        known.stacked,
+    )
 
 
 def _declared_param(keys: Keys, module: Any, entry: _Declared, inside: Keys) -> Any:
@@ -289,7 +355,7 @@ def _declared_param(keys: Keys, module: Any, entry: _Declared, inside: Keys) -> 
     if not isinstance(param, nnx.Param):
         path = "/".join(map(str, (*keys, *inside)))
         raise ValueError(
-            f"{path!r} has the constraint {entry.constraint} from the {entry.name}{_SUFFIX} of "
+            f"{path!r} has the constraint {entry.constraint} from the {entry.name}{SUFFIX} of "
             f"a {type(module).__name__}, and is no parameter any more. Make the layer again, "
             "with the constraints that it now needs."
         )
@@ -338,7 +404,7 @@ def _stackings(shape: Shape, own: Shape) -> list[tuple[int, ...]]:
     return [axes for axes in subsets if drop_axes(shape, axes) == own]
 
 
-def _narrow(leaf: _Leaf, leaves: list[_Leaf]) -> list[tuple[int, ...]]:
+def _narrow(leaf: Leaf, leaves: list[Leaf]) -> list[tuple[int, ...]]:
     """Keeps the stackings that agree with those of the parameters made in the same call.
 
     They share one `out_axes`, which counts from the front or, if negative, from the end.
@@ -367,8 +433,9 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
 
     Args:
         model: A module; its arrays may be abstract, as from `nnx.eval_shape`.
-        *example_inputs: Not needed, since an NNX model has its parameters already.
-        **kwargs: Not needed either.
+        *example_inputs: Needed only for Linen modules in it, by `nnx.bridge.ToNNX`: an example
+            of what the model is called with. Arrays may be abstract.
+        **kwargs: The same by name.
 
     Returns:
         For each parameter with a constraint the pattern of its path, anchored at the root, and
@@ -377,7 +444,8 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
 
     Raises:
         ValueError: If sizes do not tell along which axis layers are stacked; if layers that
-            share a parameter declare different constraints for it; if a parameter is gone.
+            share a parameter declare different constraints for it; if a parameter is gone; if
+            a Linen module may declare something and the inputs are missing.
 
     Example:
         >>> from flax import nnx
@@ -388,24 +456,10 @@ def declared(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str
         >>> declared(stack(jax.random.split(jax.random.key(0), 5)))
         {'/kernel': Stacked(constraint=UnitNorm(axis=0), axis=0)}
     """
-    del example_inputs, kwargs
-    return {
-        leaf.pattern: _as_stored(leaf) for leaf in _leaves(model) if leaf.constraint is not None
-    }
-
-
-def _as_stored(leaf: _Leaf) -> Any:
-    """The constraint of a leaf, for the array in which its layers are stacked."""
-    if not leaf.stackings:
-        raise ValueError(
-            f"{describe(leaf.path, leaf.shape)} had the shape {leaf.own} when its {leaf.layer} "
-            f"declared {leaf.constraint} for it, and is no stack of such arrays. Declare nothing "
-            "here and give a rule for its path."
-        )
-    axes = leaf.stacked()
-    if not axes:
-        return leaf.constraint
-    return Stacked(leaf.constraint, axes[0] if len(axes) == 1 else axes)
+    parts = linen_parts(model, example_inputs, kwargs)
+    check_known(model, parts)
+    found = leaves(model, parts)
+    return {leaf.pattern: leaf.rule() for leaf in found if leaf.constraint is not None}
 
 
 def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, LeafLayout]:
@@ -415,8 +469,9 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
 
     Args:
         model: A module; its arrays may be abstract, as from `nnx.eval_shape`.
-        *example_inputs: Not needed, since an NNX model has its parameters already.
-        **kwargs: Not needed either.
+        *example_inputs: Needed only for Linen modules in it, by `nnx.bridge.ToNNX`: an example
+            of what the model is called with. Arrays may be abstract.
+        **kwargs: The same by name.
 
     Returns:
         For the path of each `nnx.Param` the type of its layer (Flax's, where it is made from
@@ -431,13 +486,8 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
         >>> layout(nnx.Conv(2, 3, kernel_size=(5, 5), use_bias=False, rngs=nnx.Rngs(0)))
         {'kernel': LeafLayout(layer='Conv', fan_in=(0, 1, 2), stacked=())}
     """
-    del example_inputs, kwargs
-    known = {}
-    for leaf in _leaves(model):
-        stacked = leaf.stacked()
-        fan_in = None if leaf.own_fan_in is None else insert_axes(leaf.own_fan_in, stacked)
-        known[leaf.path] = LeafLayout(leaf.layer, fan_in, stacked)
-    return known
+    parts = linen_parts(model, example_inputs, kwargs)
+    return {leaf.path: leaf.layout() for leaf in leaves(model, parts)}
 
 
 # `layout` is also the name of an argument.
@@ -501,10 +551,13 @@ class Optimizer(nnx.Optimizer):
                     "constraints.flax.nnx.Linear(2, 3, kernel_constraint=max_norm(2.0), "
                     'rngs=rngs), or write Optimizer(..., rules={"kernel": max_norm(2.0)}).'
                 )
-        # A static attribute, which hashes by identity.
-        self._bind = Binder(rules, layout=_layout_of(model) if layout is None else layout)
-        memory = remember(params, self._bind)  # raises if the rules do not fit
+        self._rules = HeldRules(rules)
+        self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
+        memory = remember(params, self._bind())  # raises if the rules do not fit
         self.memory = nnx.data(to_opt_state(memory))
+
+    def _bind(self) -> Binder:
+        return binder(self._rules, self._layout)
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model and the optimizer's state, and projects the parameters.
@@ -521,7 +574,7 @@ class Optimizer(nnx.Optimizer):
         step = jnp.asarray(self.step[...], jnp.int32)
         updates = super().update(model, grads, **kwargs)
         memory = jax.tree.map(lambda held: held[...], self.memory, is_leaf=_is_variable)
-        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind, step, memory)
+        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind(), step, memory)
         nnx.update(model, params)
         jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
         return updates
@@ -535,20 +588,25 @@ def _set(variable: nnx.Variable, array: jax.Array) -> None:
     variable[...] = array
 
 
-Linear = constrained(nnx.Linear)
-LinearGeneral = constrained(nnx.LinearGeneral)
-Einsum = constrained(nnx.Einsum)
-Conv = constrained(nnx.Conv)
-ConvTranspose = constrained(nnx.ConvTranspose)
-Embed = constrained(nnx.Embed)
-LayerNorm = constrained(nnx.LayerNorm)
-BatchNorm = constrained(nnx.BatchNorm)
-GroupNorm = constrained(nnx.GroupNorm)
-RMSNorm = constrained(nnx.RMSNorm)
-MultiHeadAttention = constrained(nnx.MultiHeadAttention)
-LSTMCell = constrained(nnx.LSTMCell)
-OptimizedLSTMCell = constrained(nnx.OptimizedLSTMCell)
-GRUCell = constrained(nnx.GRUCell)
-SimpleCell = constrained(nnx.SimpleCell)
-if hasattr(nnx, "PReLU"):  # not yet in Flax 0.11
-    PReLU = constrained(nnx.PReLU)
+# A type checker cannot learn from `constrained` which keywords it adds.
+if TYPE_CHECKING:
+    # There is nothing but types in that file.
+    from optax_constraints.flax._nnx_layers import *  # noqa: F403  # pyright: ignore[reportMissingModuleSource]
+else:
+    Linear = constrained(nnx.Linear)
+    LinearGeneral = constrained(nnx.LinearGeneral)
+    Einsum = constrained(nnx.Einsum)
+    Conv = constrained(nnx.Conv)
+    ConvTranspose = constrained(nnx.ConvTranspose)
+    Embed = constrained(nnx.Embed)
+    LayerNorm = constrained(nnx.LayerNorm)
+    BatchNorm = constrained(nnx.BatchNorm)
+    GroupNorm = constrained(nnx.GroupNorm)
+    RMSNorm = constrained(nnx.RMSNorm)
+    MultiHeadAttention = constrained(nnx.MultiHeadAttention)
+    LSTMCell = constrained(nnx.LSTMCell)
+    OptimizedLSTMCell = constrained(nnx.OptimizedLSTMCell)
+    GRUCell = constrained(nnx.GRUCell)
+    SimpleCell = constrained(nnx.SimpleCell)
+    if hasattr(nnx, "PReLU"):  # not yet in Flax 0.11
+        PReLU = constrained(nnx.PReLU)
