@@ -369,7 +369,7 @@ def _key(constraint: Constraint) -> Hashable:
 
 
 class _Compared:
-    """Any value, in a box that hashes: arrays by what they hold, others by identity at worst."""
+    """A value of a field, which is equal to others and hashes also if there are arrays in it."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -383,10 +383,7 @@ class _Compared:
             return hash((np.shape(self.value), str(jnp.result_type(self.value))))
         if isinstance(self.value, (tuple, list)):
             return hash(tuple(map(_Compared, self.value)))
-        try:
-            return hash(self.value)
-        except TypeError:
-            return id(self.value)
+        return hash(self.value)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -24,7 +24,7 @@ PRIVATE = (
     # JAX.
     Private(
         "jax.core.Tracer",
-        ("_constraint.py", "sets/elementwise.py", "sets/simplex.py"),
+        ("_constraint.py", "flax/_static.py", "sets/elementwise.py", "sets/simplex.py"),
         "Values that JAX is tracing are instances of it, and arrays are not.",
     ),
     Private(
@@ -42,13 +42,13 @@ PRIVATE = (
     # Optax.
     Private(
         "optax.<locals>",
-        ("_private.py", "_rules.py"),
+        ("_private.py",),
         "Wrappers such as optax.flatten call what they wrap from a function inside them, in a "
         "module below `optax`, so that its frame has a name such as `flatten.<locals>.init_fn`.",
     ),
     # Flax, both frameworks.
     Private(
-        "flax.nnx.Variable.GetAttrKey",
+        "flax.nnx.VariableState",
         ("_rules.py",),
         "Variables of NNX and boxes of Linen, subclasses of Flax's Variable and AxisMetadata, are "
         "pytrees with the array at the key GetAttrKey('value').",
@@ -104,7 +104,7 @@ PRIVATE = (
     ),
     Private(
         "flax.linen.module.InterceptorContext",
-        ("flax/linen.py",),
+        ("flax/_bridge.py", "flax/linen.py"),
         "What nn.intercept_methods hands on has the layer as `module`.",
     ),
     Private(

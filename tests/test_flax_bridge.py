@@ -14,7 +14,7 @@ from flax.nnx import bridge
 import optax_constraints as oc
 import optax_constraints.flax.linen as ocl
 import optax_constraints.flax.nnx as onnx
-from optax_constraints._rules import path_of
+from optax_constraints._rules import leaves_by_path
 from optax_constraints.flax import declared, layout
 
 KEY = jax.random.key(0)
@@ -23,7 +23,7 @@ OWN = oc.unit_norm(axis="fan_in")
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return dict(leaves_by_path(tree))
 
 
 def assert_units(params: Any, model: Any, *inputs: Any, axes: dict[str, int]) -> None:

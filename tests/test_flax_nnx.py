@@ -17,7 +17,7 @@ from flax import nnx
 import optax_constraints as oc
 import optax_constraints.flax.nnx as onnx
 from optax_constraints._axes import LeafLayout
-from optax_constraints._rules import path_of
+from optax_constraints._rules import leaves_by_path
 
 # Flax 0.11 takes plain lists and dicts for these.
 List = getattr(nnx, "List", list)
@@ -28,7 +28,7 @@ SMALL = oc.max_norm(0.005, axis="fan_in")
 
 def flat(tree: Any) -> dict[str, Any]:
     """The arrays of any tree by path."""
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return dict(leaves_by_path(tree))
 
 
 def params_of(model: Any) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def bases(cls: type) -> list[str]:
     return [base.__name__ for base in cls.__mro__ if base.__module__.split(".")[0] == "flax"]
 
 
-@keeps("flax.nnx.Variable.GetAttrKey")
+@keeps("flax.nnx.VariableState")
 def _() -> None:
     value = GetAttrKey("value")
     assert last_keys(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == [value] * 2

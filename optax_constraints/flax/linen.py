@@ -547,7 +547,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         _, variables = jax.eval_shape(init, rngs, arrays)
     found, trace.leaves = trace.leaves, {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(
-        variables.get("params", {}), is_leaf=lambda leaf: isinstance(leaf, _Axes)
+        variables.get("params", {}), is_leaf=meta.is_axis_metadata
     )[0]:
         path = path_of(keys)
         if path not in found:
@@ -555,9 +555,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
                 f"{path!r} was made outside of the methods of {type(model).__name__} and its "
                 "layers, so nothing is known of it. Write rules by path for this model."
             )
-        axes = trace.axes.get((path, ()), ())
-        if isinstance(leaf, _Axes):
-            leaf, axes = meta.unbox(leaf), leaf.axes
+        axes = leaf.axes if isinstance(leaf, _Axes) else trace.axes.get((path, ()), ())
+        leaf = meta.unbox(leaf)
         trace.leaves[path] = dataclasses.replace(found[path], axes=axes, shape=leaf.shape)
     return trace
 
