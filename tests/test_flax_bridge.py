@@ -121,6 +121,23 @@ def test_other_options_of_the_wrapper():
     assert layout(model, X, nnx_method=scale.double) == {"gain": ("Scale", None, ())}
 
 
+def test_a_parameter_that_does_not_fit_its_declaration_is_an_error():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = onnx.constrained(Gain)(gain_constraint="non_neg")
+            self.layer.gain = nnx.Param(jnp.ones((3, 4)))
+
+        def __call__(self, x):
+            return x
+
+    class Gain(nnx.Module):
+        def __init__(self):
+            self.gain = nnx.Param(jnp.ones(5))
+
+    with pytest.raises(ValueError, match=r"'layer/gain' of shape \(3, 4\) had the shape \(5,\)"):
+        declared(bridge.ToLinen(Model), X)
+
+
 # Linen in NNX.
 
 
@@ -132,7 +149,10 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         assert train is True
-        return ocl.Dense(self.features, kernel_constraint=OWN)(x) + nn.Dense(1)(x)
+        return self.shift(ocl.Dense(self.features, kernel_constraint=OWN)(x) + nn.Dense(1)(x))
+
+    def shift(self, y):  # By itself it finds no parameters.
+        return y + self.variables["params"]["Dense_0"]["bias"]
 
     @nn.compact
     def other(self, x):

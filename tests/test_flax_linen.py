@@ -477,6 +477,18 @@ def test_partitioned_parameters():
         axis_size=3,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+    class Twice(nn.Module):
+        def setup(self):
+            self.layer = stack()
+
+        def once(self, x):
+            return self.layer(x)[0].mean(0)
+
+        def __call__(self, x):
+            return self.once(self.once(x))
+
+    assert ocl.declared(Twice(), X44) == {"/layer/Dense_0/kernel": oc.Stacked(oc.max_norm(1.0))}
     for model in (Model(), stack()):
         params = model.init(KEY, X44)["params"]
         assert isinstance(params["Dense_0"]["kernel"], nn.Partitioned)
@@ -1060,6 +1072,13 @@ def test_rules_that_do_not_hash_are_equal_to_themselves_alone():
     assert jax.tree.structure(state) != jax.tree.structure(make_state(rules=rules))
     new = jax.jit(lambda s: s.apply_gradients(grads=gradients(s)))(state)
     assert np.abs(np.asarray(new.params["kernel"])).max() <= np.float32(0.1)
+
+
+def test_copies_share_what_compares_by_identity():
+    is_bias = functools.partial(lambda path, leaf: path == "bias")
+    state = make_state(rules=[(is_bias, oc.non_neg())])
+    copied = copy.deepcopy(state).replace(apply_fn=state.apply_fn, tx=state.tx)
+    assert jax.tree.structure(copied) == jax.tree.structure(state)
 
 
 def test_copies_of_a_state_do_not_bind_again():
