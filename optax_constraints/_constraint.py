@@ -71,7 +71,8 @@ class Constraint:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Makes an object, and the first of its class known to JAX."""
-        del args, kwargs
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise TypeError(f"{cls.__name__}() takes no arguments")
         # Not when the class is made: a class may be a pytree by itself, such as an eqx.Module.
         _register_pytree(cls)
         return super().__new__(cls)
@@ -268,6 +269,11 @@ class Constraint:
         left_out = ("axis", "axis_name")
         values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out)
         return f"{type(self).__name__}({', '.join(map(_short, values))})"
+
+
+# Of a class without a constructor of its own: it takes no arguments.
+_CLS = inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)
+Constraint.__new__.__signature__ = inspect.Signature([_CLS])  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @jax.custom_jvp

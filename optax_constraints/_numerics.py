@@ -9,7 +9,8 @@ from jax import lax
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which norms of a leaf are taken: float32, or float64 if one is float64."""
-    return jnp.dtype(jnp.float64 if jnp.float64 in map(jnp.dtype, dtypes) else jnp.float32)
+    wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def eps(dtype: jax.typing.DTypeLike) -> float:

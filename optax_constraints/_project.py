@@ -1,5 +1,6 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -162,12 +163,12 @@ def remember(params: Any, bind: Binder) -> Any:
         # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
         # this place stands for any memory.
         return jnp.zeros(())
-    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return _memory_of(bound, leaves)
+    rememberers = _rememberers(bound, leaves)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in rememberers.values()):
+        return {key: _remembered(*each) for key, each in rememberers.items()}
     # As Adam does, arrays of the right shapes. What should be put in their place and is not,
     # must not pass for norms.
-    like = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
-    return jax.tree.map(_unset, like)
+    return jax.tree.map(_unset, _memory_like(bound, leaves))
 
 
 def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -175,13 +176,25 @@ def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.asarray(np.full(like.shape, value, like.dtype))
 
 
-def _memory_of(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
-    """What constraints remember of these leaves, by key."""
+def _rememberers(bound: list[Bound], leaves: list[Any]) -> dict[str, tuple[Constraint, Any]]:
+    """The constraints that remember, each with its leaf, by the key of the memory."""
     return {
-        # Copies, lest the state and the parameters be one buffer, and both donated.
-        key: jax.tree.map(lambda x: jnp.array(x), constraint.remember(jnp.asarray(leaf)))
+        key: (constraint, leaf)
         for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
         if (constraint := leaf_bound.at(0)) is not None and constraint.remembers
+    }
+
+
+def _remembered(constraint: Constraint, leaf: Any) -> Any:
+    # A copy, lest the state and the parameters be one buffer, and both donated.
+    return jax.tree.map(jnp.array, constraint.remember(jnp.asarray(leaf)))
+
+
+def _memory_like(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+    """Structure, shapes and dtypes of what constraints remember of these leaves, by key."""
+    return {
+        key: jax.eval_shape(functools.partial(_remembered, constraint), leaf)
+        for key, (constraint, leaf) in _rememberers(bound, leaves).items()
     }
 
 
@@ -202,9 +215,7 @@ def recall(memory: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]
     Raises:
         ValueError: If it is not the memory of these constraints and leaves.
     """
-    want: dict[str, Any] = {}
-    if any(b.constraint is not None and b.constraint.remembers for b in bound):
-        want = jax.eval_shape(lambda leaves: _memory_of(bound, leaves), leaves)
+    want = _memory_like(bound, leaves)
     have = dict(memory) if isinstance(memory, Mapping) else {}
     for path in sorted({*have, *want}):
         if path not in want:

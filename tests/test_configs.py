@@ -470,10 +470,10 @@ def test_a_function_config_names_it(name):
 @pytest.mark.parametrize(
     ("name", "arguments", "wanted"),
     [
-        ("MaxNorm", {"max": 2.0}, "max_value, axis"),
-        ("MaxNorm", {"max_value": 2.0, "rate": 1.0}, "max_value, axis"),
-        ("MinMaxNorm", {"low": 1}, "min_value, max_value, rate, axis"),
-        ("UnitNorm", {"max_value": 2.0}, "axis"),
+        ("MaxNorm", {"max": 2.0}, "max_value, axis, axis_name"),
+        ("MaxNorm", {"max_value": 2.0, "rate": 1.0}, "max_value, axis, axis_name"),
+        ("MinMaxNorm", {"low": 1}, "min_value, max_value, rate, axis, axis_name"),
+        ("UnitNorm", {"max_value": 2.0}, "axis, axis_name"),
         ("NonNeg", {"axis": 0}, "none"),
     ],
 )

@@ -271,14 +271,6 @@ class _Pair(NamedTuple):
     second: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class _Valued:
-    """A class whose one attribute is called value, as in the boxes of Flax."""
-
-    value: Any
-
-
 def _apply(layers: Any, x: jax.Array) -> jax.Array:
     (w0, b0), (w1, b1) = layers
     return jnp.tanh(x @ w0 + b0) @ w1 + b1
@@ -374,7 +366,7 @@ def _with_none() -> Case:
 
 def _boxes() -> Case:
     return _plain(
-        lambda ls: [{"w": _Valued(w), "value": {"b": b}} for w, b in ls],
+        lambda ls: [{"w": _boxed(w), "value": {"b": b}} for w, b in ls],
         lambda p: [(layer["w"].value, layer["value"]["b"]) for layer in p],
         {"/0/w": oc.max_norm(CAP), "value/b": oc.non_neg()},
         ["0/value/b", "0/w", "1/value/b", "1/w"],
@@ -454,13 +446,76 @@ def test_all_verbs_agree_on_paths(name):
     oc.project(case.rules).init(params)
 
 
-def test_only_an_attribute_called_value_is_left_out():
+class _AttentionTuple(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _AttentionDataclass:
+    query: Any
+    key: Any
+    value: Any
+
+
+class _AttentionModule(eqx.Module):
+    query: Any
+    key: Any
+    value: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _OneValue:
+    """A class of a user's own that looks like a box of Flax."""
+
+    value: Any
+
+
+class _Trainable(nnx.Param):
+    """A user's own kind of variable."""
+
+
+def _boxed(w: Any) -> nn.Partitioned:
+    return nn.Partitioned(w, (None,) * w.ndim)
+
+
+@pytest.mark.parametrize("attention", [_AttentionTuple, _AttentionDataclass, _AttentionModule])
+def test_a_field_called_value_is_a_leaf_like_others(attention):
     w = -jnp.ones(2, jnp.float32)
-    params = {"attribute": _Valued(w), "key": {"value": w}, "nested": {"value": _Valued(w)}}
-    paths = ["attribute", "key/value", "nested/value"]
-    assert list(oc.violations(params, oc.non_neg())) == paths
-    assert set(oc.violations(params, {"value": oc.non_neg()})) == set(paths[1:])
-    assert list(oc.violations(_Valued(w), {"value": oc.non_neg()})) == ["value"]
+    params = {"attn": attention(w, w, w), "dict": {"value": attention(w, w, w)}}
+    paths = [f"{parent}/{name}" for parent in ("attn", "dict/value") for name in ATTENTION]
+    assert sorted(oc.violations(params, oc.non_neg())) == sorted(paths)
+    new = oc.constrain(params, {"attn/*": oc.non_neg()})
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(new["attn"]))
+    tx = oc.project({"attn/value": oc.box(upper=-2.0)})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    assert np.all(moved["attn"].value == -2)
+    assert np.all(moved["attn"].key == -1)
+
+
+ATTENTION = ("query", "key", "value")
+
+
+def test_only_what_boxes_of_flax_add_is_left_out():
+    w = -jnp.ones(2, jnp.float32)
+    params = {
+        "box": _boxed(w),
+        "box_in_variable": nnx.Param(_boxed(w)),
+        "variable": _Trainable(w),
+        "key": {"value": w},
+        "nested": {"value": _boxed(w)},
+        "own": _OneValue(w),
+        "value": nn.Partitioned(_OneValue(w), (None,)),
+    }
+    paths = ["box", "box_in_variable", "key/value", "nested/value", "own/value"]
+    paths += ["value/value/value", "variable"]
+    assert sorted(oc.violations(params, oc.non_neg())) == paths
+    assert list(oc.violations(_boxed(w), {"value": oc.non_neg()})) == ["value"]
+    assert list(oc.violations(_OneValue(w), {"value": oc.non_neg()})) == ["value"]
 
 
 # NNX, with its own optimizer and modules.

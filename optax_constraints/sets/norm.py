@@ -30,13 +30,14 @@ class _NormSet(UnitSet):
     def __post_init__(self):
         super().__post_init__()
         names = self.axis_name
-        if isinstance(names, list):
+        if isinstance(names, (tuple, list)):
             object.__setattr__(self, "axis_name", tuple(names))
-        elif not (names is None or isinstance(names, (str, tuple))):
-            raise TypeError(
-                f"{type(self).__name__}: axis_name={shown(names)} is not a name; write that of an "
-                "axis of the mesh of jax.shard_map, such as 'model', or several."
-            )
+        for name in names if isinstance(names, (tuple, list)) else (names,):
+            if name is not None and not isinstance(name, str):
+                raise TypeError(
+                    f"{type(self).__name__}: axis_name={shown(names)} is not a name; write that of "
+                    "an axis of the mesh of jax.shard_map, such as 'model', or several."
+                )
 
     def __repr__(self) -> str:
         """As of any dataclass, without what is hardly ever there."""
@@ -80,6 +81,7 @@ class _NormSet(UnitSet):
         """The norms of whole units, from those of their parts on the devices of `axis_name`."""
         if self.axis_name is None:
             return norm
+        self._devices()  # raises where there is no such axis
         largest = jax.lax.pmax(jax.lax.stop_gradient(norm), self.axis_name)
         some = largest > 0
         squares = jax.lax.psum(jnp.square(norm / jnp.where(some, largest, 1)), self.axis_name)
@@ -87,8 +89,20 @@ class _NormSet(UnitSet):
 
     def _size(self, w: jax.Array, axis: tuple[int, ...]) -> int:
         """How many entries a unit has, on all devices of `axis_name`."""
-        devices = 1 if self.axis_name is None else jax.lax.psum(1, self.axis_name)
-        return math.prod(w.shape[a] for a in axis) * devices
+        return math.prod(w.shape[a] for a in axis) * self._devices()
+
+    def _devices(self) -> int:
+        """Over how many devices a unit is split."""
+        if self.axis_name is None:
+            return 1
+        try:
+            return jax.lax.psum(1, self.axis_name)
+        except NameError:
+            raise ValueError(
+                f"{type(self).__name__}: axis_name={shown(self.axis_name)} is no axis here; it is "
+                "for weights inside jax.shard_map over a mesh with that axis. Elsewhere leave it "
+                "out: there norms are those of the whole."
+            ) from None
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; norms are taken in float32 or wider.
