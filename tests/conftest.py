@@ -26,3 +26,21 @@ def registry():
     yield registry
     registry.clear()
     registry.update(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many cases went through how many modes."""
+    modes: dict[str, set[str]] = {}
+    failed = 0
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            file, _, name = report.nodeid.partition("::")
+            if file.endswith("test_modes.py") and report.when == "call":
+                mode, _, case = name.partition("[")
+                modes.setdefault(mode, set()).add(case)
+                failed += outcome == "failed"
+    if modes:
+        cases = sum(map(len, modes.values()))
+        terminalreporter.write_line(f"modes: {len(modes)}, with cases: {cases}, failed: {failed}")
+        for mode, found in sorted(modes.items()):
+            terminalreporter.write_line(f"  {mode}: {len(found)}")

@@ -38,7 +38,8 @@ def relative(constraint: oc.Constraint, axis, low: float, high: float) -> Case:
         ratio = norms(w, axis) / norms(START, axis)
         return np.maximum(np.maximum(ratio / high - 1, low - ratio), 0)
 
-    return Case(constraint, lambda w: w, outside)
+    unit = tuple(range(START.ndim)) if axis is None else tuple(np.atleast_1d(axis))
+    return Case(constraint, lambda w: w, outside, unit=unit)
 
 
 ALL = [

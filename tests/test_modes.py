@@ -1,0 +1,396 @@
+"""Every set in the modes that users of JAX switch on, and with what they do to a state.
+
+What JAX complains of while it traces (types, ranks, what varies over a mesh) needs no program,
+so that those tests compile none. `conftest.py` prints how many cases and modes there were.
+"""
+
+import copy
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from cases import DTYPES, Case, bits, float64
+from jax.sharding import PartitionSpec as P
+from test_conformance import ALL, relative
+
+import optax_constraints as oc
+from optax_constraints.sets._common import MatrixSet
+
+WIDEST = DTYPES[0]
+# Of several constraints in one, of which some remember: a tuple.
+ALL = [*ALL, relative(oc.Compose(oc.non_neg(), oc.fixed_norm("init")), None, 1, 1)]
+each_case = pytest.mark.parametrize("case", ALL, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: jnp.dtype(d).name)
+
+
+def normal(case: Case, seed: int, dtype=WIDEST) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=case.shape), dtype)
+
+
+def allowed(case: Case) -> jax.Array:
+    w = case.allowed() if case.allowed else 0.75 * case.project(float64(normal(case, 0)))
+    return jnp.asarray(w, WIDEST)
+
+
+def uses(case: Case) -> dict[str, Callable[[Any, Any], Any]]:
+    """What can be done with a set, as functions of weights and of an update of them."""
+    constraint = case.constraint
+    rules = {"w": constraint}
+    tx = oc.project(rules)
+
+    def update(w, u):
+        return tx.update({"w": u}, tx.init({"w": w}), {"w": w})[0]["w"]
+
+    return {
+        "call": lambda w, u: constraint(w),
+        "update": update,
+        "constrain": lambda w, u: oc.constrain({"w": w}, rules)["w"],
+        "violations": lambda w, u: oc.violations({"w": w}, rules, state=tx.init({"w": w})),
+        "on_bound": lambda w, u: constraint.on_bound(w),
+        "jvp": lambda w, u: jax.jvp(constraint, (w,), (u,))[1],
+        "grad": lambda w, u: jax.vjp(constraint, w)[1](u)[0],
+        "jvp of update": lambda w, u: jax.jvp(lambda u: update(w, u), (u,), (w,))[1],
+        "grad of update": lambda w, u: jax.vjp(lambda u: update(w, u), u)[1](w)[0],
+        **({"tangent": constraint.tangent} if constraint.smooth else {}),
+    }
+
+
+def failures(run: Callable[[Callable], Any], uses: dict[str, Callable]) -> dict[str, str]:
+    """The first line of what each use raises, if it does."""
+    failed = {}
+    for name, use in uses.items():
+        try:
+            run(use)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return failed
+
+
+def without(uses: dict[str, Callable], *names: str) -> dict[str, Callable]:
+    return {name: use for name, use in uses.items() if name not in names}
+
+
+def near(case: Case, got: Any, want: Any) -> None:
+    """Equal but for rounding: other programs, other sums."""
+    got, want = float64(got), float64(want)
+    scale = max(1, np.max(np.abs(want)))
+    accuracy = case.near * (1e-9 if jnp.float64 == WIDEST else 1)
+    atol = (4 * accuracy + 64 * float(jnp.finfo(WIDEST).eps)) * scale
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
+# Strict modes, and shard_map.
+
+
+def traced(case: Case, dtype: Any) -> dict[str, str]:
+    w = jax.ShapeDtypeStruct(case.shape, dtype)
+    return failures(lambda use: jax.eval_shape(use, w, w), uses(case))
+
+
+@each_dtype
+@each_case
+def test_strict_dtype_promotion(case: Case, dtype):
+    with jax.numpy_dtype_promotion("strict"):
+        assert traced(case, dtype) == {}
+
+
+@each_dtype
+@each_case
+def test_rank_promotion_raises(case: Case, dtype):
+    with jax.numpy_rank_promotion("raise"):
+        assert traced(case, dtype) == {}
+
+
+@pytest.mark.parametrize("mode", ["dtype", "rank"])
+def test_strict_modes_are_seen_inside_programs_that_were_traced_before(mode):
+    # Else the two tests above could pass on what an earlier test has left in a cache.
+    @jax.jit
+    def mixed(x):
+        return x + (jnp.ones((), jnp.bfloat16) if mode == "dtype" else x[0])
+
+    w = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    jax.eval_shape(mixed, w)
+    strict = (
+        jax.numpy_dtype_promotion("strict")
+        if mode == "dtype"
+        else jax.numpy_rank_promotion("raise")
+    )
+    with strict, pytest.raises((TypeError, ValueError), match="promotion"):
+        jax.eval_shape(mixed, w)
+
+
+@each_case
+def test_shard_map(case: Case):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    every = without(uses(case), "constrain", "violations", "on_bound")
+    tx = oc.project({"w": case.constraint})
+    w, u = normal(case, 0), normal(case, 1)
+    state = tx.init({"w": w})
+    every["update with a state"] = lambda w, u: tx.update({"w": u}, state, {"w": w})[0]["w"]
+
+    def sharded(use):
+        return jax.shard_map(use, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+
+    assert failures(lambda use: jax.eval_shape(sharded(use), w, u), every) == {}
+    run = {name: every[name] for name in ("call", "update")}
+    got = jax.jit(sharded(lambda w, u: {name: use(w, u) for name, use in run.items()}))(w, u)
+    for name, use in run.items():
+        near(case, got[name], use(w, u))
+
+
+# Without jit, and with a look at each result.
+
+
+@each_case
+def test_disable_jit(case: Case):
+    w, u = normal(case, 0), normal(case, 1)
+    some = {name: uses(case)[name] for name in ("call", "update", "on_bound", "jvp")}
+    want = {name: use(w, u) for name, use in some.items() if name in ("call", "update")}
+    got = {}
+    with jax.disable_jit():
+        for w_ in (w, allowed(case)):
+            failed = failures(lambda use, w=w_: got.setdefault(use, use(w, u)), some)
+            assert failed == {}
+    for name in want:
+        near(case, got[some[name]], want[name])
+
+
+# A box that is open to one side has an infinity for the other bound.
+INFINITE = [case for case in ALL if isinstance(case.constraint, oc.Box)]
+
+
+def looked_at(case: Case) -> dict[str, dict[str, str]]:
+    some = without(uses(case), "jvp", "jvp of update")
+    rules = {"w": case.constraint}
+    tx = oc.project(rules)
+    some["report"] = lambda w, u: oc.report({"w": w}, rules, state=tx.init({"w": w}))
+    weights = {"outside": normal(case, 0), "inside": allowed(case)}
+    u = normal(case, 1)
+    return {
+        where: failed
+        for where, w in weights.items()
+        if (failed := failures(lambda use, w=w: use(w, u), some))
+    }
+
+
+@each_case
+def test_debug_nans(case: Case):
+    with jax.debug_nans(True):
+        assert looked_at(case) == {}
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case not in INFINITE], ids=str)
+def test_debug_infs(case: Case):
+    with jax.debug_infs(True):
+        assert looked_at(case) == {}
+
+
+# Derivatives through an update.
+
+
+@each_case
+def test_derivatives_through_the_update(case: Case):
+    constraint = case.constraint
+    tx = oc.project({"w": constraint})
+
+    def derivatives(p, u, du, v):
+        state = tx.init({"w": p})
+        memory = constraint.remember(p)
+
+        def update(u):
+            return tx.update({"w": u}, state, {"w": p})[0]["w"]
+
+        forward = jax.jvp(update, (u,), (du,))[1]
+        want = jax.jvp(lambda x: constraint.advance(x, memory)[0], (p + u,), (du,))[1]
+        return forward, want, jax.vjp(update, u)[1](v)[0]
+
+    derivatives = jax.jit(derivatives)
+    p, u, du, v = (normal(case, seed) for seed in range(4))
+    forward, want, backward = map(float64, derivatives(p, u, du, v))
+    assert np.all(np.isfinite(backward))
+    np.testing.assert_allclose(forward, want, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(np.sum(backward * float64(du)), np.sum(forward * float64(v)), 1e-3)
+
+    # Weights that end at zero, where a norm has no direction.
+    for derivative in derivatives(p, -p, du, v):
+        assert np.all(np.isfinite(derivative))
+
+
+# States that were somewhere else.
+
+
+def from_orbax(state: Any, path: Path) -> Any:
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        # Without a target all is dicts and lists.
+        restored = checkpointer.restore(path / "state")
+    return tuple(type(own)(**new) for own, new in zip(state, restored, strict=True))
+
+
+def from_bytes(state: Any, path: Path) -> Any:
+    del path
+    return flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+
+
+def from_state_dict(state: Any, path: Path) -> Any:
+    del path
+    saved = jax.device_get(flax.serialization.to_state_dict(state))
+    return flax.serialization.from_state_dict(state, saved)
+
+
+ROUTES = {
+    "NumPy": lambda state, path: jax.device_get(state),
+    "bytes": from_bytes,
+    "state dict": from_state_dict,
+    "pickle": lambda state, path: pickle.loads(pickle.dumps(state)),
+    "deepcopy": lambda state, path: copy.deepcopy(state),
+    "Orbax": from_orbax,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@each_case
+def test_states(case: Case, route: str, tmp_path: Path):
+    rules = {"w": case.constraint}
+    tx = optax.chain(optax.trace(0.9), oc.project(rules))
+    params = {"w": normal(case, 0)}
+    updates, live = tx.update({"w": normal(case, 1)}, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    far = {"w": 10 * jnp.asarray(params["w"])}
+
+    def next_step(state):
+        updates, after = tx.update({"w": normal(case, 2)}, state, params)
+        return updates, oc.violations(far, rules, state=state), after
+
+    want, got = next_step(live), next_step(ROUTES[route](live, tmp_path))
+    assert list(map(bits, jax.tree.leaves(got))) == list(map(bits, jax.tree.leaves(want)))
+
+
+# Weights that are not finite, in another process, lest a loop in LAPACK stops the suite.
+
+LIMIT = 10
+BAD = {"inf": np.inf, "-inf": -np.inf, "nan": np.nan, "all inf": np.inf}
+# The mean of an infinity and a number is an infinity, and a norm of infinity takes all else to 0.
+ENTRY_ONLY = (
+    *(oc.Symmetric, oc.SkewSymmetric, oc.Radial),
+    *(oc.MaxNorm, oc.MinMaxNorm, oc.UnitNorm, oc.FixedNorm, oc.MaxRMS),
+    *(oc.Stacked, oc.Soft, oc.Part, oc.Compose, oc.Intersection),
+)
+ASKED = ("call", "update", "violations", "jvp")
+
+
+def serve(connection: Any) -> None:
+    """Answers with the result of one use of one case for some weights, as NumPy arrays."""
+    while True:
+        index, name, w, u = connection.recv()
+        result = uses(ALL[index])[name](jnp.asarray(w), jnp.asarray(u))
+        connection.send(jax.device_get(result))
+
+
+class Worker:
+    """Another process that computes, and is replaced when it does not answer in time."""
+
+    def __init__(self):
+        self.process: Any = None
+
+    def ask(self, case: Case, name: str, w: np.ndarray, u: np.ndarray, limit: float) -> Any:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, other = context.Pipe()
+            self.process = context.Process(target=serve, args=(other,), daemon=True)
+            self.process.start()
+            other.close()
+        self.connection.send((ALL.index(case), name, w, u))
+        if not self.connection.poll(limit):
+            self.close()
+            pytest.fail(f"{name} has not returned after {limit} s")
+        return self.connection.recv()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@each_case
+def test_weights_that_are_not_finite(case: Case, worker: Worker):
+    good = np.asarray(normal(case, 0))
+    p = np.asarray(allowed(case))
+    # With room for a start of the process, and for programs that are compiled.
+    clean = {name: worker.ask(case, name, good, good, 300) for name in ASKED}
+    clean["update"] = worker.ask(case, "update", p, good - p, 300) + p
+    for kind, value in BAD.items():
+        w = good.copy()
+        w[... if kind == "all inf" else (0,) * w.ndim] = value
+        got = {name: worker.ask(case, name, w, good, LIMIT) for name in ("call", "jvp")}
+        worker.ask(case, "violations", w, good, LIMIT)
+        got["update"] = worker.ask(case, "update", p, w - p, LIMIT) + p
+        for name, result in got.items():
+            check_not_finite(case, name, w, result, clean[name])
+
+
+def check_not_finite(case: Case, name: str, w: np.ndarray, got: np.ndarray, clean: np.ndarray):
+    bad = ~np.isfinite(w)
+    unit = np.broadcast_to(np.any(bad, axis=case.unit_axes, keepdims=True), w.shape)
+    # The other units do not notice, but that an intersection takes as many rounds for all.
+    rounding = 2e-6 if isinstance(case.constraint, oc.Intersection) else 0
+    np.testing.assert_allclose(got[~unit], clean[~unit], rtol=0, atol=rounding, err_msg=name)
+    if name == "jvp":
+        if isinstance(case.constraint, MatrixSet) and not isinstance(case.constraint, ENTRY_ONLY):
+            assert np.all(np.isnan(got[unit])), name
+    elif case.constraint.elementwise or isinstance(case.constraint, (oc.TopK, oc.NM)):
+        # An infinity is a number beyond the bound, or the largest one; a NaN stays.
+        want = case.project(float64(np.where(np.isnan(w), np.inf, w)))
+        want = np.where(np.isnan(w), np.nan, want).astype(w.dtype)
+        rounding = 1e-6 if name == "update" else 0
+        np.testing.assert_allclose(got[unit], want[unit], rtol=rounding, err_msg=name)
+    elif isinstance(case.constraint, ENTRY_ONLY):
+        assert not np.any(np.isfinite(got[bad])), name
+    else:
+        assert np.all(np.isnan(got[unit])), name
+
+
+# NumPy's float64 where JAX has none.
+
+float32_only = pytest.mark.skipif(jax.config.jax_enable_x64, reason="float64 stays with x64")
+
+
+@float32_only
+@each_case
+def test_numpy_float64(case: Case):
+    some = {name: uses(case)[name] for name in ("call", "update", "constrain", "violations")}
+    w, u = (np.random.default_rng(seed).normal(size=case.shape) for seed in (0, 1))
+    for name, use in some.items():
+        got, want = use(w, u), use(jnp.asarray(w), jnp.asarray(u))
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got)), name
+        assert list(map(bits, jax.tree.leaves(got))) == list(map(bits, jax.tree.leaves(want))), name
+
+
+@float32_only
+def test_numpy_float64_and_a_plain_function():
+    params = {"w": np.array([-1.0, 0.5, 2.0])}
+    rules = {"w": lambda w: jnp.clip(w, 0, 1)}
+    assert np.array_equal(oc.constrain(params, rules)["w"], [0, 0.5, 1])
+    assert oc.violations(params, rules)["w"] == np.float32(np.sqrt(2))
+    tx = oc.project(rules)
+    updates, _ = tx.update({"w": np.array([2.0, 0.0, 0.0])}, tx.init(params), params)
+    assert np.array_equal(updates["w"], [2, 0, -1])
+    assert updates["w"].dtype == jnp.float32
