@@ -1,13 +1,16 @@
-"""Meshes with Explicit axes, on which JAX wants to hear where the result of an operation goes.
+"""Meshes on which JAX wants to hear more of an array than its shape and dtype.
 
-Of a reshape, a product or a decomposition of sharded arrays it cannot tell. `automatic` leaves
-that to the compiler, as on a mesh with Auto axes.
+With Explicit axes it asks where the result of an operation goes, and of a reshape, a product or
+a decomposition of sharded arrays it cannot tell. `automatic` leaves that to the compiler, as on
+a mesh with Auto axes. Inside `jax.shard_map` it asks over which axes a value varies, and a loop
+must not start from a value that varies less than what comes back: see `vary_like`.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -42,3 +45,33 @@ def automatic(
     if spec is not None:
         sharding = NamedSharding(sharding.mesh, spec)
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)(w, *args)
+
+
+def vary_like(x: Any, like: jax.Array) -> Any:
+    """A tree of arrays, marked inside `jax.shard_map` as varying wherever `like` does.
+
+    Args:
+        x: A tree of arrays, such as the zeros from which a loop starts.
+        like: An array, such as the weights.
+
+    Returns:
+        The same values. Outside `jax.shard_map` nothing happens.
+    """
+
+    def mark(x: jax.Array) -> jax.Array:
+        axes = tuple(sorted(_varying(like) - _varying(x), key=str))
+        if not axes:
+            return x
+        # Both calls have other names in older versions of JAX.
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, axes, to="varying")
+        return getattr(lax, "pvary")(x, axes)  # noqa: B009  # pyright knows the newest only
+
+    return jax.tree.map(mark, x)
+
+
+def _varying(x: jax.Array) -> frozenset:
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return getattr(aval, "manual_axis_type").varying  # noqa: B009
+    return getattr(aval, "vma", frozenset())

@@ -327,9 +327,19 @@ def explicit_axes(checks: Checks) -> None:
             shape, places[name] = next(iter(leaves_of(group, name).values()))
             weights[name] = rng.normal(size=shape).astype(np.float32)
             sets[name] = constraint
-    sets["stacked"] = oc.stacked(oc.orthogonal())
-    shape, places["stacked"] = MATRICES["stack and out"]
-    weights["stacked"] = rng.normal(size=shape).astype(np.float32)
+    for name, constraint, (shape, place) in (
+        ("stacked", oc.stacked(oc.orthogonal()), MATRICES["stack and out"]),
+        (
+            "stacked top_k",
+            oc.stacked(oc.compose(oc.non_neg(), oc.top_k(3, axis=0))),
+            MATRICES["stack and out"],
+        ),
+        ("top_k of rows", oc.top_k(3, axis=1), MATRICES["both"]),
+        # Groups of 4, of which a device has 2 entries.
+        ("split groups", oc.nm(2, 4), ((8, 32), P("x", "y"))),
+    ):
+        sets[name], places[name] = constraint, place
+        weights[name] = rng.normal(size=shape).astype(np.float32)
 
     @jax.jit
     def step(params, bound):
@@ -350,7 +360,14 @@ def explicit_axes(checks: Checks) -> None:
             same = w.sharding.is_equivalent_to(params[name].sharding, w.ndim)
             checks.that(same, "explicit axes", f"{name} is now {w.sharding}")
         # What says which matrices are at their bound takes products, too.
-        reported = ("monotone", "part", "max_spectral_norm", "nuclear_norm_ball", "orthogonal")
+        reported = (
+            "monotone",
+            "part",
+            "max_spectral_norm",
+            "nuclear_norm_ball",
+            "orthogonal",
+            "split groups",
+        )
         rules = {f"/{name}": sets[name] for name in reported}
         rules["/max_spectral_norm"] = oc.max_spectral_norm(bound)
         params = {name: got[name] for name in reported}

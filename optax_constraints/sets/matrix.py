@@ -1,4 +1,7 @@
-"""Sets of square matrices that are not about singular values, and kernels with one value a ring."""
+"""Sets of square matrices that are not about singular values, and kernels with one value a ring.
+
+A matrix that is not finite becomes NaN where it would have to be decomposed.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +16,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._constraint import Constraint, Number, check_number, number, value
-from optax_constraints._sharding import automatic
+from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe
 from optax_constraints.sets._common import MatrixSet, widen
 from optax_constraints.sets.combinators import Stacked
@@ -24,6 +27,11 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 def _transpose(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, -1, -2)
+
+
+def _eye(a: jax.Array) -> jax.Array:
+    """The identity of the size of square matrices, with as many axes."""
+    return jnp.expand_dims(jnp.eye(a.shape[-1], dtype=a.dtype), tuple(range(a.ndim - 2)))
 
 
 @jax.custom_jvp
@@ -196,18 +204,23 @@ def _is_positive(a: jax.Array, bound: jax.Array) -> jax.Array:
     """Whether a Cholesky factorisation finds the matrices in the set, up to rounding."""
     largest = jnp.max(jnp.abs(jnp.diagonal(a, axis1=-2, axis2=-1)), axis=-1, keepdims=True)
     slack = _eigenvalue_rounding(a) * largest[..., None]
-    shifted = a + (slack - bound) * jnp.eye(a.shape[-1], dtype=a.dtype)
+    shifted = a + (slack - bound) * _eye(a)
     factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
     symmetric = jnp.all(a == _transpose(a), axis=(-2, -1), keepdims=True)
     return symmetric & jnp.all(jnp.isfinite(factor), axis=(-2, -1), keepdims=True)
 
 
 def _eigen(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Eigenvectors and eigenvalues of the symmetric part, and the rounding of these."""
-    exponent = _power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
-    scaled = _symmetric_part(a * _exp2(-exponent, a.dtype))
+    """Eigenvectors and eigenvalues of the symmetric part, and the rounding of these.
+
+    The eigenvalues of what is not finite are NaN: LAPACK may not return from an infinity.
+    """
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    finite = largest < jnp.inf
+    exponent = _power_of_two(largest)
+    scaled = jnp.where(finite, _symmetric_part(a * _exp2(-exponent, a.dtype)), 0)
     vectors, values = lax.linalg.eigh(scaled, symmetrize_input=False)
-    values = values * _exp2(exponent, a.dtype)[..., 0]
+    values = jnp.where(finite, values[..., None, :] * _exp2(exponent, a.dtype), jnp.nan)[..., 0, :]
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     return vectors, values, _eigenvalue_rounding(a) * largest
 
@@ -216,7 +229,7 @@ def _raise_eigenvalues(a: jax.Array, bound: jax.Array) -> jax.Array:
     vectors, values, _ = _eigen(a)
     above = jnp.maximum(values - bound, 0)
     out = _matmul(vectors * above[..., None, :], _transpose(vectors))
-    return _symmetric_part(out) + bound * jnp.eye(a.shape[-1], dtype=a.dtype)
+    return _symmetric_part(out) + bound * _eye(a)
 
 
 @jax.custom_jvp
@@ -242,12 +255,12 @@ def _positive_jvp(primals, tangents):
     da, dbound = tangents
     vectors, values, slack = _eigen(a)
     above = jnp.maximum(values - bound, 0)
-    below = jnp.where(values < bound - slack, bound - values, 0)
+    below = jnp.where(values >= bound - slack, 0, bound - values)
     rise = above[..., :, None] + above[..., None, :]
     fall = below[..., :, None] + below[..., None, :]
-    divided = jnp.where(fall > 0, rise / jnp.where(fall > 0, rise + fall, 1), 1)
+    divided = jnp.where(fall == 0, 1, rise / jnp.where(fall == 0, 1, rise + fall))
     inner = _matmul(_matmul(_transpose(vectors), _symmetric_part(da)), vectors)
-    inner = divided * inner + dbound * (below > 0)[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    inner = divided * inner + jnp.where(below > 0, dbound, 0)[..., None] * _eye(a)
     return _positive(a, bound), _matmul(_matmul(vectors, inner), _transpose(vectors))
 
 
@@ -274,8 +287,9 @@ class DoublyStochastic(MatrixSet):
     At the end rows and columns sum to 1 up to rounding, and the entries are as near as the
     potentials, whose rounding goes by the largest weight. Matrices with weights that are more
     than 2000 apart (in float64: 200,000) are scaled down to that first; their nearest point
-    mostly is a corner, and remains so. The derivative is that of the face on which the result
-    lies, and leaves out entries that are zero.
+    mostly is a corner, and remains so. The derivative at a matrix outside is that of the face on
+    which the result lies, and leaves out entries that are zero. At a matrix in the set it is that
+    of the plane of its sums, along all entries.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -368,7 +382,7 @@ def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
     tolerance = 2 * _sum_rounding(b) * (1 + size)
 
     def point(u: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.maximum(b - u[:, None] - v, 0)
+        return jnp.maximum(b - u[:, None] - v[None, :], 0)
 
     def going(state) -> jax.Array:
         _, _, error, before, count = state
@@ -398,7 +412,7 @@ def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
         u, v = u + t * du, v + t * dv
         return u, v, _largest(*_excess(point(u, v))), before, count + 1
 
-    zero = jnp.zeros(b.shape[0], b.dtype)
+    zero = vary_like(jnp.zeros(b.shape[0], b.dtype), b)
     start = _largest(*_excess(point(zero, zero)))
     u, v, *_ = lax.while_loop(going, step, (zero, zero, start, jnp.full_like(start, jnp.inf), 0))
     return point(u, v)
@@ -435,7 +449,7 @@ def _polish(x: jax.Array) -> jax.Array:
         x, count = state
         active = x > 0
         u, v = _potential_solver(active.astype(x.dtype))(*_excess(x))
-        moved = jnp.where(active, jnp.maximum(x - u[:, None] - v, 0), 0)
+        moved = jnp.where(active, jnp.maximum(x - u[:, None] - v[None, :], 0), 0)
         return jnp.where(jnp.isfinite(u[0]), moved, x), count + 1
 
     return lax.while_loop(going, step, (x, 0))[0]
@@ -451,7 +465,7 @@ def _repair(x: jax.Array) -> jax.Array:
     x = x / jnp.maximum(jnp.sum(x, axis=0, keepdims=True), 1)
     rows, columns = (jnp.maximum(-excess, 0) for excess in _excess(x))
     total = jnp.sum(rows)
-    return x + rows[:, None] * (columns / jnp.where(total > 0, total, 1))
+    return x + rows[:, None] * (columns / jnp.where(total > 0, total, 1))[None, :]
 
 
 def _in_birkhoff(a: jax.Array) -> jax.Array:
@@ -459,8 +473,9 @@ def _in_birkhoff(a: jax.Array) -> jax.Array:
 
 
 def _from_outside(a: jax.Array) -> jax.Array:
-    exponent = _power_of_two(jnp.max(jnp.abs(a)))
-    b = a * _exp2(-exponent, a.dtype)
+    largest = jnp.max(jnp.abs(a))
+    exponent = _power_of_two(largest)
+    b = jnp.where(largest < jnp.inf, a * _exp2(-exponent, a.dtype), jnp.nan)
     b = b - jnp.mean(b, axis=1, keepdims=True)
     b = b - jnp.mean(b, axis=0, keepdims=True)
     size = jnp.max(jnp.abs(b))
@@ -479,14 +494,18 @@ def _nearest(a: jax.Array) -> jax.Array:
 
 @_nearest.defjvp
 def _nearest_jvp(primals, tangents):
-    """The orthogonal projection onto what has sums of 0 and moves positive entries only."""
+    """The orthogonal projection onto what has sums of 0 and moves positive entries only.
+
+    At a point of the set it moves all entries, as inside.
+    """
     x = _nearest(*primals)
-    active = (x > 0).astype(x.dtype)
+    active = ((x > 0) | _in_birkhoff(*primals)).astype(x.dtype)
+    active = jnp.where(jnp.isnan(x), x, active)
     solve = _potential_solver(active)
     dx = active * tangents[0]
     for _ in range(_REFINEMENTS):
         u, v = solve(jnp.sum(dx, axis=1), jnp.sum(dx, axis=0))
-        dx = dx - active * (u[:, None] + v)
+        dx = dx - active * (u[:, None] + v[None, :])
     return x, dx
 
 

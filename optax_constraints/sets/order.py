@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._constraint import Constraint, Number, check_number, number, value
-from optax_constraints._sharding import automatic
+from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import UnitSet
 
@@ -48,11 +48,12 @@ class Monotone(_LineSet):
     """The entries of each unit are sorted: ``{w : unit[0] <= unit[1] <= ...}``.
 
     Convex; the projection is isotonic regression, exact up to rounding, and what it returns is
-    sorted to the bit. Two sorted halves merge by pooling: where ``sum(max(left - v, 0)) ==
-    sum(max(v - right, 0))``, whatever is above ``v`` on the left and below it on the right
-    becomes ``v``. So pairs of entries merge into sorted fours, eights and so on, all units at
-    once. Up to eights ``v`` has a closed form, and above it is found by Newton's method on
-    masked sums.
+    sorted to the bit. A unit with an entry that is not finite becomes NaN.
+
+    Two sorted halves merge by pooling: where ``sum(max(left - v, 0)) == sum(max(v - right, 0))``,
+    whatever is above ``v`` on the left and below it on the right becomes ``v``. So pairs of
+    entries merge into sorted fours, eights and so on, all units at once. Up to eights ``v`` has a
+    closed form, and above it is found by Newton's method on masked sums.
 
     Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
     from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
@@ -117,6 +118,8 @@ def _sorted(w: jax.Array, axis: int) -> jax.Array:
     moved = jnp.moveaxis(w, axis, 0)
     n = len(moved)
     x = moved.reshape(n, -1)
+    # The pool of a block with a NaN is NaN, too, so that a NaN takes over its unit.
+    x = jnp.where(jnp.isfinite(x), x, jnp.nan)
     half = 1
     while half < n:
         blocks = -(-n // (2 * half))
@@ -139,10 +142,10 @@ def _is_left(x: jax.Array, half: int) -> jax.Array:
 
 
 def _pooled(x: jax.Array, pool: jax.Array, half: int) -> jax.Array:
-    """The entries that are out of order with the value of their pool."""
+    """The entries that are out of order with the value of their pool; all, if that is NaN."""
     inside = jnp.where(_is_left(x, half), x > pool, x < pool)
     # The rest keeps blocks in order to the bit, also where a division is off by an ulp.
-    return inside & (x[:, half - 1 : half] > x[:, half : half + 1])
+    return (inside & (x[:, half - 1 : half] > x[:, half : half + 1])) | jnp.isnan(pool)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -207,7 +210,7 @@ class TopK(UnitSet):
     Not convex. The projection keeps the `k` entries of largest magnitude as they are and sets
     the others to zero, exactly, which is a nearest point. Of equal magnitudes the first ones
     are kept, so that there are never more than `k`. A NaN counts as larger than any number and
-    stays.
+    stays; so does an infinity, as the largest of the numbers.
 
     The k-th magnitude is found bit by bit, without a sort: one pass that counts for each bit of
     the dtype, 31 for float32, all units at once. Where magnitudes are tied, one more for each
@@ -253,7 +256,7 @@ class TopK(UnitSet):
         """Projects one floating-point array; the entries that are kept are not rounded."""
         w = jnp.asarray(w)
         _, axes = self._widen(w)
-        return jnp.where(_are_largest(w, self._count(w, axes), axes), w, 0)
+        return automatic(lambda w, k: _largest(w, k, axes), w, self._count(w, axes))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units in which all of `k` is used."""
@@ -285,13 +288,13 @@ def _greatest(bits: int, start: jax.Array, holds: Callable[[jax.Array], jax.Arra
     """The greatest number of so many bits up to which a condition holds, from zeros `start`."""
 
     def decide(i, found):
-        larger = found | (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
+        # Without jit, i is a Python number.
+        larger = found | (jnp.ones((), found.dtype) << jnp.asarray(bits - 1 - i, found.dtype))
         return jnp.where(holds(larger), larger, found)
 
     return lax.fori_loop(0, bits, decide, start)
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Which entries are among the first `k` by magnitude, or need not be dropped."""
     magnitude = _magnitude(w)
@@ -302,7 +305,7 @@ def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array
 
     least = _greatest(
         8 * w.dtype.itemsize - 1,
-        jnp.zeros(shape, magnitude.dtype),
+        vary_like(jnp.zeros(shape, magnitude.dtype), w),
         lambda least: count(magnitude >= least) >= k,
     )
     excess = jnp.where(least > 0, count(magnitude >= least) - k, 0)
@@ -319,7 +322,7 @@ def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array
         room = count(equal) - excess
         end = _greatest(
             math.prod(w.shape[a] for a in axes).bit_length(),
-            jnp.zeros(shape, jnp.int32),
+            vary_like(jnp.zeros(shape, jnp.int32), w),
             lambda end: count(equal & (place < end)) <= room,
         )
         return (magnitude > least) | (equal & (place < end))
@@ -328,14 +331,34 @@ def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array
     return kept | jnp.isnan(w)
 
 
+# Compiled by itself, here and below, so that calls outside jit find their program again.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The first `k` entries of each unit by magnitude, and zeros."""
+    return jnp.where(_are_largest(w, k, axes), w, jnp.zeros((), w.dtype))
+
+
+@_largest.defjvp
+def _largest_jvp(axes, primals, tangents):
+    y = _largest(*primals, axes)
+    used = jnp.sum(y != 0, axis=axes, keepdims=True, dtype=jnp.int32)
+    return y, _where_free(y, used < primals[1], tangents[0])
+
+
+def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
+    """What of a tangent stays: all in units with room for more nonzeros, else along nonzeros."""
+    return jnp.where((y != 0) | room, dy, jnp.zeros((), dy.dtype))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class NM(_LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
 
     Not convex. The projection keeps the `n` entries of largest magnitude in each group as they
     are and sets the others to zero, exactly, which is a nearest point. Of equal magnitudes the
-    first ones are kept. A NaN counts as larger than any number and stays. One pass, in which
-    the entries of a group are compared with one another: ``m`` comparisons an entry.
+    first ones are kept. NaN and infinity count and stay as in `TopK`. One pass, in which the
+    entries of a group are compared with one another: ``m`` comparisons an entry.
 
     A. Mishra et al., "Accelerating sparse deep neural networks", 2021, describe 2:4 sparsity,
     which some accelerators multiply at twice the speed.
@@ -387,14 +410,15 @@ class NM(_LineSet):
         w = jnp.asarray(w)
         _, axes = self._widen(w)
         axis = self._check(None, w.shape, axes)
-        rank = _rank_in_group(w, self.m, axis)
-        return jnp.where((rank < value(self.n, rank.dtype)) | jnp.isnan(w), w, 0)
+        n = value(self.n, jnp.dtype(jnp.int32))
+        return automatic(lambda w, n: _largest_in_groups(w, n, self.m, axis), w, n)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The groups in which all of `n` is used."""
         axis = self._check(None, w.shape, self._widen(w)[1])
-        used = jnp.sum(_grouped(w, self.m, axis) != 0, axis=axis + 1)
-        return used >= value(self.n, used.dtype)
+        n = value(self.n, jnp.dtype(jnp.int32))
+        full = functools.partial(_are_full, m=self.m, axis=axis)
+        return automatic(full, w, n, spec=PartitionSpec())
 
 
 def _grouped(w: jax.Array, m: int, axis: int) -> jax.Array:
@@ -402,13 +426,32 @@ def _grouped(w: jax.Array, m: int, axis: int) -> jax.Array:
     return w.reshape(*w.shape[:axis], w.shape[axis] // m, m, *w.shape[axis + 1 :])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+def _are_full(w: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:
+    """The groups with `n` nonzeros or more."""
+    return jnp.sum(_grouped(w, m, axis) != 0, axis=axis + 1, dtype=jnp.int32) >= n
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _largest_in_groups(w: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:
+    """The first `n` entries of each group by magnitude, and zeros."""
+    kept = (_rank_in_group(w, m, axis) < n) | jnp.isnan(w)
+    return jnp.where(kept, w, jnp.zeros((), w.dtype))
+
+
+@_largest_in_groups.defjvp
+def _largest_in_groups_jvp(m, axis, primals, tangents):
+    y = _largest_in_groups(*primals, m, axis)
+    room = jnp.repeat(~_are_full(y, primals[1], m, axis), m, axis=axis)
+    return y, _where_free(y, room, tangents[0])
+
+
 def _rank_in_group(w: jax.Array, m: int, axis: int) -> jax.Array:
     """How many entries of its group come before each, by magnitude and then by place."""
     magnitude = _grouped(_magnitude(w), m, axis)
     mine, other = (jnp.expand_dims(magnitude, axis + side) for side in (2, 1))
-    place = [lax.broadcasted_iota(jnp.int32, (m, m), side) for side in (0, 1)]
-    earlier = (place[1] < place[0]).reshape(m, m, *(1,) * (w.ndim - 1 - axis))
+    shape = (*(1,) * (axis + 1), m, m, *(1,) * (w.ndim - 1 - axis))
+    place = [lax.broadcasted_iota(jnp.int32, shape, axis + side) for side in (1, 2)]
     # A zero less one wraps around: nothing comes before it, and it is kept with its sign.
-    before = (other > mine - 1) & (earlier | (other != mine))
+    before = (other > mine - 1) & ((place[1] < place[0]) | (other != mine))
     return jnp.sum(before, axis=axis + 2, dtype=jnp.int32).reshape(w.shape)

@@ -3,6 +3,10 @@
 A unit whose sum misses its value only by the rounding of that sum (8 machine epsilons of the
 dtype it was taken in, times the sum of the magnitudes) is allowed, and comes back bit for bit.
 What was moved is corrected once more by what its own sum still misses, so that it is allowed.
+A unit with an infinite entry becomes NaN, and so does one whose sum is beyond the range of the
+dtype, where the sum counts. At an allowed unit the derivative is that of the inside
+of the set: the identity for balls and half spaces, the projection onto the plane of the sum for a
+simplex.
 """
 
 import dataclasses
@@ -60,8 +64,12 @@ def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
     )
 
 
-def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    """``max(x - threshold, 0)`` with the sum `total` in each unit; `free` units as they are.
+def _shrink(
+    x: jax.Array, total: jax.Array, free: jax.Array, finite: jax.Array, axis: tuple[int, ...]
+) -> jax.Array:
+    """``max(x - threshold, 0)`` with the sum `total` in each unit.
+
+    Units that are `free` stay as they are, and those that are not `finite` become NaN.
 
     Newton's method for the sum as a function of the threshold, which is convex, decreasing and
     linear between entries. From below, the iterates rise to the root, and they are there when a
@@ -79,7 +87,7 @@ def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ..
         threshold = jnp.where(done, threshold, threshold + rest)
         excess = _excess(jnp.maximum(z - threshold, 0), total, axis)
         now = jnp.sum(z > _apart(threshold, excess), axis=axis, keepdims=True, dtype=jnp.int32)
-        rest = jnp.where(done, rest, excess / jnp.maximum(now, 1))
+        rest = jnp.where(done, rest, excess / jnp.maximum(now, 1).astype(x.dtype))
         return threshold, rest, now, done | (now >= active) | (excess <= 0)
 
     none = jnp.zeros_like(threshold)
@@ -88,13 +96,14 @@ def _shrink(x: jax.Array, total: jax.Array, free: jax.Array, axis: tuple[int, ..
     threshold, rest, _, _ = lax.while_loop(
         lambda state: ~jnp.all(state[-1]), step, (threshold, none, more, free)
     )
-    z = z - threshold
+    z, rest = z - threshold, jnp.where(finite, rest, jnp.nan)
     return jnp.where(z <= jnp.where(free, -jnp.inf, jnp.maximum(rest, 0)), 0, z - rest)
 
 
 def _mean_off(dx: jax.Array, total: jax.Array, active: jax.Array, axis: tuple[int, ...]):
     """Shifts the active entries by the same amount to the sum `total`; all others are 0."""
-    count = jnp.maximum(jnp.sum(active, axis=axis, keepdims=True, dtype=jnp.int32), 1)
+    count = jnp.sum(active, axis=axis, keepdims=True, dtype=jnp.int32)
+    count = jnp.maximum(count, 1).astype(dx.dtype)
     return jnp.where(active, dx - (_sum(jnp.where(active, dx, 0), axis) - total) / count, 0)
 
 
@@ -107,14 +116,17 @@ def _in_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Ar
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 def _onto_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return _shrink(x, total, _in_simplex(x, total, axis), axis)
+    largest, least = (f(x, axis=axis, keepdims=True) for f in (jnp.max, jnp.min))
+    finite = (largest < jnp.inf) & (least > -jnp.inf)
+    return _shrink(x, total, _in_simplex(x, total, axis), finite, axis)
 
 
 @_onto_simplex.defjvp
 def _onto_simplex_jvp(axis, primals, tangents):
-    y = _onto_simplex(*primals, axis)
-    dx, dtotal = tangents
-    return y, _mean_off(dx, dtotal, y > 0, axis)
+    (x, total), (dx, dtotal) = primals, tangents
+    y = _onto_simplex(x, total, axis)
+    # At a point of the set along its plane, as inside, also where an entry is zero.
+    return y, _mean_off(dx, dtotal, (y > 0) | _in_simplex(x, total, axis), axis)
 
 
 def _in_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
@@ -124,7 +136,9 @@ def _in_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.A
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 def _onto_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return jnp.copysign(_shrink(jnp.abs(x), radius, _in_l1_ball(x, radius, axis), axis), x)
+    magnitude = jnp.abs(x)
+    finite = jnp.max(magnitude, axis=axis, keepdims=True) < jnp.inf
+    return jnp.copysign(_shrink(magnitude, radius, _in_l1_ball(x, radius, axis), finite, axis), x)
 
 
 @_onto_l1_ball.defjvp
@@ -259,8 +273,9 @@ def _is_near(
 ) -> jax.Array:
     """Whether `above` is the rounding of its sum, which is `slack` relative to what it sums."""
     if normal is None:
-        return jnp.abs(above) <= slack * _sum(jnp.abs(x), axis) / _size(x, axis)
-    scale = _sum(jnp.abs(x * normal), axis) / _sum(jnp.square(normal), axis)
+        scale = _sum(jnp.abs(x), axis) / _size(x, axis)
+    else:
+        scale = _sum(jnp.abs(x * normal), axis) / _sum(jnp.square(normal), axis)
     return jnp.abs(above) <= slack * scale
 
 
@@ -296,6 +311,9 @@ def _onto_plane(
     steps = _above(x, normal, point, axis)
     stays = _is_near(x, normal, steps, axis, _tolerance(x))
     stays = stays | (steps < 0) if half else stays
+    # A unit whose sum is not finite becomes NaN.
+    finite = jnp.isfinite(steps)
+    steps, stays = jnp.where(finite, steps, jnp.nan), stays & finite
     moved = _lower(x, normal, jnp.where(stays, 0, steps))
     rest = _above(moved, normal, point, axis)
     return _lower(moved, normal, jnp.where(stays, 0, rest))

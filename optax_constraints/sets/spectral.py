@@ -2,7 +2,8 @@
 
 All compute in float32 or wider, on the matrix divided by a power of two, so that nothing
 overflows. An allowed matrix comes back bit for bit; allowed is what holds up to the rounding of
-the test itself, which is `_tolerance`.
+the test itself, which is `_tolerance`. A matrix that is not finite becomes NaN, and so does its
+derivative.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._sharding import vary_like
 from optax_constraints.sets._common import MatrixSet
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -248,6 +250,11 @@ def _down(a: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(largest), -exponent)
 
 
+def _eye(a: jax.Array) -> jax.Array:
+    """The identity for the columns of matrices (..., rows, columns), with as many axes."""
+    return jnp.expand_dims(jnp.eye(a.shape[-1], dtype=a.dtype), tuple(range(a.ndim - 2)))
+
+
 def _gram(a: jax.Array) -> jax.Array:
     """``A^T A``, or ``A A^T`` for a wide matrix."""
     wide = a.shape[-2] < a.shape[-1]
@@ -279,7 +286,7 @@ _QUINTICS = (
 def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
     """`scale` times the polar factor of matrices (..., m, n), m >= n."""
     eps, tolerance = _numerics.eps(a.dtype), _tolerance(a)
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    eye = _eye(a)
     # The growth of the smallest singular values by the quintics; beyond, 15/8 a step.
     limit = len(_QUINTICS) + 4 + max(0, math.ceil(math.log(1e-4 / eps) / math.log(15 / 8)))
 
@@ -321,6 +328,7 @@ def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
     far = (jnp.abs(mean - 1) > 0.5) & (mean > 0) & (mean < jnp.inf)
     _, exponent = jnp.frexp(jnp.sqrt(jnp.where(far, mean, 1)))
     down = jnp.where(far, jnp.ldexp(jnp.ones_like(mean), 1 - exponent), 1)
+    scale = jnp.where(mean < jnp.inf, scale, jnp.nan)  # where entries are not finite
     x, error = x * down, gram * jnp.square(down) - eye
     off = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
     _, moved, error = lax.while_loop(
@@ -385,12 +393,16 @@ def _svd(a: jax.Array) -> _Svd:
     LAPACK's are off by 40 eps for 1024x1024, which one cubic Newton-Schulz step mends. Of a
     matrix with many equal singular values, such as one that was clipped before, its
     divide and conquer can fail to converge; its older QR iteration does, but takes longer.
+    With an infinity it may not return at all, so what is not finite is left out, and has NaN
+    for singular values.
     """
+    finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
+    a = jnp.where(finite, a, 0)
     factors = lax.linalg.svd(a, full_matrices=False)
 
     def failed(carry):
-        a, (_, s, _) = carry
-        return jnp.any(jnp.isnan(s[..., 0]) & jnp.all(jnp.isfinite(a), axis=(-2, -1)))
+        _, (_, s, _) = carry
+        return jnp.any(jnp.isnan(s[..., 0]))
 
     def again(carry):
         a, _ = carry
@@ -404,10 +416,10 @@ def _svd(a: jax.Array) -> _Svd:
         cpu=lambda a, factors: _once(failed, again, (a, factors))[1],
         default=lambda a, factors: factors,
     )
-    eye = jnp.eye(s.shape[-1], dtype=a.dtype)
+    eye = _eye(u)
     u -= _matmul(u, (_matmul(jnp.swapaxes(u, -1, -2), u) - eye) / 2)
     vt -= _matmul((_matmul(vt, jnp.swapaxes(vt, -1, -2)) - eye) / 2, vt)
-    return _Svd(u, s, vt)
+    return _Svd(u, jnp.where(finite[..., 0], s, jnp.nan), vt)
 
 
 def _once(condition: Callable[[Any], jax.Array], function: Callable[[Any], Any], x: Any) -> Any:
@@ -431,11 +443,11 @@ def _clip(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
 def _threshold(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
     # By distances from the largest, so that nothing cancels where the bound is far below it.
     below = s[..., :1] - s
-    counts = jnp.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    counts = lax.broadcasted_iota(s.dtype, s.shape, s.ndim - 1) + 1
     levels = (bound + jnp.cumsum(below, axis=-1)) / counts
     level = jnp.minimum(jnp.min(levels, axis=-1, keepdims=True), s[..., :1])
     # Singular values that are zero come out as rounding, and there can be many.
-    total = jnp.sum(s * (s > tolerance * s[..., :1]), axis=-1)
+    total = jnp.sum(jnp.where(s <= tolerance * s[..., :1], 0, s), axis=-1)
     allowed = total <= bound[..., 0] * (1 + tolerance)
     return _Values(jnp.maximum(level - below, 0), level > below, allowed)
 
@@ -446,7 +458,9 @@ class _Truncate(NamedTuple):
     def __call__(self, s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
         del bound
         kept = jnp.broadcast_to(np.arange(s.shape[-1]) < self.rank, s.shape)
-        return _Values(s * kept, kept, s[..., self.rank] <= s[..., 0] * tolerance)
+        # A product, so that the singular values of what is not finite stay NaN.
+        new = s * kept.astype(s.dtype)
+        return _Values(new, kept, s[..., self.rank] <= s[..., 0] * tolerance)
 
 
 # How far beyond its bound, as a factor, a matrix may be for eigenvectors to do.
@@ -492,12 +506,15 @@ def _clip_nearby(a: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     counts by the share that is taken off along it.
     """
     wide = a.shape[-2] < a.shape[-1]
-    squares, v = jnp.linalg.eigh(_gram(a), symmetrize_input=False)
+    gram = _gram(a)
+    finite = jnp.trace(gram, axis1=-2, axis2=-1) < jnp.inf
+    gram = jnp.where(finite[..., None, None], gram, 0)
+    squares, v = jnp.linalg.eigh(gram, symmetrize_input=False)
     s = jnp.sqrt(jnp.maximum(squares, 0))[..., None, :]
     share = jnp.where(s > bound * (1 + _tolerance(a)), 1 - bound / jnp.maximum(s, bound), 0)
     vt = jnp.swapaxes(v, -1, -2)
     over = _matmul(v * share, _matmul(vt, a)) if wide else _matmul(_matmul(a, v) * share, vt)
-    return s[..., 0, -1] <= _NEARBY * bound[..., 0, 0], a - over
+    return finite & (s[..., 0, -1] <= _NEARBY * bound[..., 0, 0]), a - over
 
 
 @_composed.defjvp
@@ -510,7 +527,7 @@ def _composed_jvp(spectrum, primals, tangents):
 
     def diagonal(ds):
         values = functools.partial(spectrum, tolerance=_tolerance(a))
-        dbounds = jnp.broadcast_to(dbound, bounds.shape)
+        dbounds = vary_like(jnp.broadcast_to(dbound, bounds.shape), bounds)
         return jax.jvp(lambda s, b: values(s, b).s, (factors.s, bounds), (ds, dbounds))[1]
 
     # Of a flat set the derivative at an allowed matrix is not the identity.
@@ -565,7 +582,7 @@ def _derivative(
     inner = _matmul(left, v)
     transposed = jnp.swapaxes(inner, -1, -2)
     moved = differences * (inner + transposed) / 2 + sums * (inner - transposed) / 2
-    eye = jnp.eye(s.shape[-1], dtype=s.dtype)
+    eye = _eye(inner)
     ds = jnp.sum(inner * eye, axis=-1)
     dnew = diagonal(ds) if callable(diagonal) else diagonal
     moved = moved * (1 - eye) + row(dnew) * eye
@@ -581,6 +598,8 @@ def _derivative(
 # The largest singular value.
 
 
+# Compiled by itself, so that `jax.debug_nans` does not see the decomposition that failed.
+@jax.jit
 def _surely_inside(a: jax.Array, bound: jax.Array) -> jax.Array:
     """Whether all singular values are at most `bound`, one bool a matrix.
 
@@ -592,7 +611,7 @@ def _surely_inside(a: jax.Array, bound: jax.Array) -> jax.Array:
     largest = 8 * math.sqrt(a.shape[-2] * a.shape[-1])
     bound = jnp.minimum(bound * down, largest) * (1 + _tolerance(a))
     gram = _gram(a * down)
-    slack = jnp.square(bound) * jnp.eye(gram.shape[-1], dtype=a.dtype) - gram
+    slack = jnp.square(bound) * _eye(gram) - gram
     root = jnp.linalg.cholesky(slack, symmetrize_input=False)
     return ~jnp.isnan(root[..., -1, -1]) | jnp.all(a == 0, axis=(-2, -1))
 
