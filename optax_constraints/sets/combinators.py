@@ -447,7 +447,7 @@ class _Several(Constraint):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array; what is remembered of init is that of this array."""
         w = jnp.asarray(w)
-        return self.advance(w, self.remember(w))[0]
+        return self.advance(w, jax.lax.stop_gradient(self.remember(w)))[0]
 
     def remember(self, w: jax.Array) -> Any:
         """What each constraint remembers."""

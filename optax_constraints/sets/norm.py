@@ -192,7 +192,7 @@ def _tolerance(norm: jax.Array) -> float:
 def _over(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many times `bound` a norm is, NaN if infinite; and 0 for a bound of 0, else 1."""
     tiny = jnp.finfo(norm.dtype).tiny
-    return norm / jnp.maximum(bound, tiny) + (norm - norm), jnp.clip(bound, 0, tiny) / tiny
+    return norm / jnp.maximum(bound, tiny) + (norm - norm), (bound > 0).astype(norm.dtype)
 
 
 def _at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
