@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from optax_constraints._axes import Layout, LeafLayout
@@ -320,7 +321,7 @@ def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         # As a JAX array: without x64, NumPy's float64 is float32.
         known = isinstance(leaf.dtype, np.dtype)
-        return tuple(leaf.shape), jnp.result_type(leaf.dtype) if known else leaf.dtype
+        return tuple(leaf.shape), canonicalize_dtype(leaf.dtype) if known else leaf.dtype
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.result_type(leaf)
     return None
