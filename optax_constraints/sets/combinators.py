@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -513,12 +513,20 @@ class Intersection(_Several):
     Convex. By the method of R. L. Dykstra (J. P. Boyle and R. L. Dykstra, "A method for
     finding projections onto the intersection of convex sets in Hilbert spaces", 1986): the
     sets are projected onto in turn, each time with what the same set took away the last time
-    added again. It ends when nothing changes any more, as far as the dtype can tell, or after
-    so many rounds: approximate then, with the last set holding up to rounding. From weights
-    near the sets, as in training, some ten rounds do; the further away or the flatter the angle
-    between the sets, the more (a non-negative unit of norm 1 from 100 times that: a thousand,
-    with cones such as `NonNeg` named first: two). If the sets share no point the result means
-    nothing. A round costs all the projections, and each set keeps a leaf of memory.
+    added again. Rounds have momentum, which starts anew when a round goes back (A. Chambolle,
+    P. Tan and S. Vaiter, "Accelerated alternating descent methods for Dykstra-like problems",
+    J. Math. Imaging Vis. 59, 2017; B. O'Donoghue and E. Candes, "Adaptive restart for
+    accelerated gradient schemes", Found. Comput. Math. 15, 2015).
+
+    It ends when nothing changes any more, as far as the dtype can tell, or after `iterations`
+    rounds. Near the sets, as in training, some ten rounds do. Far away, or where sets meet at
+    a flat angle, 200 may not: then the last set holds up to rounding and the others do not yet,
+    and `violations` shows by how much. For 50 entries that sum to 1 in [0, 0.3], the sum is
+    off by 1e-5 after 200 rounds from normal weights of scale 1, and by up to 3% from scale 30.
+    Name first the set that takes away most, and give it more `iterations`.
+
+    If the sets share no point the result means nothing. A round costs all the projections,
+    and each set keeps two leaves of memory.
 
     Args:
         *constraints: Two or more convex ones, of anything that `get` accepts.
@@ -595,30 +603,68 @@ def _nearest_of_all(intersection: Intersection, memory: Any, w: jax.Array) -> ja
     )
 
 
+class _Rounds(NamedTuple):
+    """What one round of Dykstra's method hands to the next."""
+
+    x: jax.Array
+    taken: tuple[jax.Array, ...]
+    """What each set takes away; with `x` they make up the weights."""
+    before: tuple[jax.Array, ...]
+    """What they took away a round before."""
+    pace: jax.Array
+    """Nesterov's sequence for each unit, from which its momentum follows."""
+    dual: jax.Array
+    """The dual objective of each unit, which a round without momentum never lowers."""
+    changed: jax.Array
+
+
 def _dykstra(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
     """The last round's result."""
     constraints = intersection.constraints
     tolerance = _numerics.eps(w.dtype) / 2
+    axes = _axes_of_units(constraints, w.shape)
 
-    def round_(carry: Any) -> Any:
-        x, taken, _ = carry
-        changed, new = jnp.any(x != x), []
-        for constraint, own, before in zip(constraints, memory, taken, strict=True):
+    def round_(last: _Rounds) -> _Rounds:
+        pace = (1 + jnp.sqrt(1 + 4 * jnp.square(last.pace))) / 2
+        momentum = (last.pace - 1) / pace
+        ahead = [momentum * (q - p) for q, p in zip(last.taken, last.before, strict=True)]
+        x, dual = last.x - sum(ahead), jnp.zeros_like(last.dual)
+        changed, taken = jnp.any(x != x), []
+        for constraint, own, q, step in zip(constraints, memory, last.taken, ahead, strict=True):
+            before = q + step
             y = x + before
             x, _ = constraint.advance(y, own)
             # Increments settle before the point does, or after: both have to stand still.
             limit = tolerance * jnp.max(jnp.nan_to_num(jnp.abs(y)), initial=0)
             changed |= jnp.any(jnp.abs((y - x) - before) > limit)
-            new.append(y - x)
-        return x, tuple(new), changed
+            taken.append(y - x)
+            dual -= jnp.sum((y - x) * x, axis=axes, keepdims=True)
+        total = sum(taken)
+        dual += jnp.sum((w - total / 2) * total, axis=axes, keepdims=True)
+        # Also where it is NaN: such weights go without momentum.
+        pace = jnp.where(dual >= last.dual, pace, 1)
+        return _Rounds(x, tuple(taken), last.taken, pace, dual, changed)
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        return jax.lax.cond(carry[-1], round_, lambda carry: carry, carry), None
+    def step(last: _Rounds, _: None) -> tuple[_Rounds, None]:
+        return jax.lax.cond(last.changed, round_, lambda last: last, last), None
 
-    start = w, (jnp.zeros_like(w),) * len(constraints), jnp.any(w == w)
+    none = (jnp.zeros_like(w),) * len(constraints)
+    zero = jnp.sum(none[0], axis=axes, keepdims=True)
+    lowest = zero - jnp.finfo(w.dtype).max
+    start = _Rounds(w, none, none, zero + 1, lowest, jnp.any(w == w))
     # A scan, and not a loop until nothing changes, has a reverse mode.
-    (x, _, _), _ = jax.lax.scan(step, start, length=intersection.iterations)
-    return x
+    return jax.lax.scan(step, start, length=intersection.iterations)[0].x
+
+
+def _axes_of_units(constraints: tuple[Constraint, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of what all constraints together project by itself."""
+    axes: set[int] = set()
+    for constraint in constraints:
+        if constraint.unitwise:
+            axes |= {*settle_axis(type(constraint).__name__, cast(Any, constraint).axis, shape)}
+        elif not constraint.elementwise:
+            return tuple(range(len(shape)))
+    return tuple(sorted(axes))
 
 
 @jax.custom_jvp
