@@ -3,10 +3,11 @@
 A unit whose sum misses its value only by the rounding of that sum (8 machine epsilons of the
 dtype it was taken in, times the sum of the magnitudes) is allowed, and comes back bit for bit.
 What was moved is corrected once more by what its own sum still misses, so that it is allowed.
-A unit with an infinite entry becomes NaN, and so does one whose sum is beyond the range of the
-dtype, where the sum counts. At an allowed unit the derivative is that of the inside
-of the set: the identity for balls and half spaces, the projection onto the plane of the sum for a
-simplex.
+A unit with an infinite entry becomes NaN. So does, for planes and half spaces, one whose sum is
+beyond the range of the dtype.
+
+At an allowed unit the derivative is that of the inside of the set: for balls and half spaces the
+identity, for a simplex the projection onto the plane of its sum.
 """
 
 import dataclasses

@@ -328,8 +328,10 @@ def _polar(a: jax.Array, scale: jax.Array) -> jax.Array:
     far = (jnp.abs(mean - 1) > 0.5) & (mean > 0) & (mean < jnp.inf)
     _, exponent = jnp.frexp(jnp.sqrt(jnp.where(far, mean, 1)))
     down = jnp.where(far, jnp.ldexp(jnp.ones_like(mean), 1 - exponent), 1)
-    scale = jnp.where(mean < jnp.inf, scale, jnp.nan)  # where entries are not finite
-    x, error = x * down, gram * jnp.square(down) - eye
+    # What is not finite takes no steps, nor makes others take them, and ends as NaN.
+    finite = mean < jnp.inf
+    scale = jnp.where(finite, scale, jnp.nan)
+    x, error = x * down, jnp.where(finite, gram * jnp.square(down) - eye, 0)
     off = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
     _, moved, error = lax.while_loop(
         lambda carry: jnp.any(open(carry[2])) & (carry[0] < limit), step, (0, x, error)
