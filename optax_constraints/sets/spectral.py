@@ -11,11 +11,10 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optax_constraints import _numerics
@@ -192,7 +191,8 @@ class LowRank(MatrixSet):
     of one matrix by another of lower rank", Psychometrika 1, 1936.
 
     Args:
-        rank: The number of singular values to keep, an int of at least 0.
+        rank: The number of singular values to keep: an integer of at least 0, a JAX scalar of an
+            integer dtype, or a schedule of those.
         axis: What is the matrix, as for `Orthogonal`.
 
     Raises:
@@ -208,28 +208,34 @@ class LowRank(MatrixSet):
     """
 
     smooth = True
-    rank: int
+    rank: Number = number()
     axis: Axis = None
 
     def __post_init__(self):
-        try:
-            if isinstance(self.rank, bool):
-                raise TypeError
-            rank = operator.index(self.rank)
-        except TypeError:
-            raise TypeError(
-                f"LowRank: rank={self.rank!r} is not an int; write how many singular values to "
-                "keep."
-            ) from None
-        if rank < 0:
-            raise ValueError(f"LowRank: rank={rank} is not allowed; write an int of at least 0.")
-        object.__setattr__(self, "rank", rank)
+        wanted = "write how many singular values to keep."
+        if isinstance(self.rank, jax.Array):
+            check_number("LowRank", "rank", self.rank, low=0)
+            if not jnp.issubdtype(self.rank.dtype, jnp.integer):
+                raise TypeError(f"LowRank: rank={self.rank!r} is not an integer; {wanted}")
+        elif not callable(self.rank):
+            try:
+                if isinstance(self.rank, bool):
+                    raise TypeError
+                rank = operator.index(cast(Any, self.rank))
+            except TypeError:
+                raise TypeError(f"LowRank: rank={self.rank!r} is not an int; {wanted}") from None
+            if rank < 0:
+                raise ValueError(
+                    f"LowRank: rank={rank} is not allowed; write an int of at least 0."
+                )
+            # More than any matrix has, and still exact as a float.
+            object.__setattr__(self, "rank", min(rank, 2**24))
         super().__post_init__()
 
     def _project(self, a: jax.Array) -> jax.Array:
-        if self.rank >= min(a.shape[-2:]):
+        if isinstance(self.rank, int) and self.rank >= min(a.shape[-2:]):
             return a
-        return _spectral(_Truncate(self.rank), a, jnp.zeros((), a.dtype))
+        return _spectral(_truncate, a, value(self.rank, a.dtype)) if a.size else a
 
 
 # Scales.
@@ -454,15 +460,17 @@ def _threshold(s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
     return _Values(jnp.maximum(level - below, 0), level > below, allowed)
 
 
-class _Truncate(NamedTuple):
-    rank: int
+def _truncate(s: jax.Array, rank: jax.Array, tolerance: float) -> _Values:
+    kept = lax.broadcasted_iota(s.dtype, s.shape, s.ndim - 1) < rank
+    largest_left_out = jnp.max(jnp.where(kept, 0, s), axis=-1)
+    return _Values(jnp.where(kept, s, 0), kept, largest_left_out <= s[..., 0] * tolerance)
 
-    def __call__(self, s: jax.Array, bound: jax.Array, tolerance: float) -> _Values:
-        del bound
-        kept = jnp.broadcast_to(np.arange(s.shape[-1]) < self.rank, s.shape)
-        # A product, so that the singular values of what is not finite stay NaN.
-        new = s * kept.astype(s.dtype)
-        return _Values(new, kept, s[..., self.rank] <= s[..., 0] * tolerance)
+
+def _scaled(spectrum: Spectrum, bound: jax.Array, down: jax.Array) -> jax.Array:
+    """A bound of singular values that were scaled down; a rank stays what it is."""
+    return jnp.broadcast_to(bound, down[..., 0].shape) * (
+        1 if spectrum is _truncate else down[..., 0]
+    )
 
 
 # How far beyond its bound, as a factor, a matrix may be for eigenvectors to do.
@@ -477,7 +485,7 @@ def _composed(spectrum: Spectrum, a: jax.Array, bound: jax.Array) -> jax.Array:
     def decomposed(carry):
         known, a = carry
         factors = _svd(a * down)
-        new = spectrum(factors.s, bound * down[..., 0], _tolerance(a))
+        new = spectrum(factors.s, _scaled(spectrum, bound, down), _tolerance(a))
         allowed = (known | new.allowed)[..., None, None]
         return jnp.ones_like(known), jnp.where(allowed, a, _compose(factors, new.s) / down)
 
@@ -524,7 +532,7 @@ def _composed_jvp(spectrum, primals, tangents):
     (a, bound), (da, dbound) = primals, tangents
     down = _down(a)
     factors = _svd(a * down)
-    bounds = bound * down[..., 0]
+    bounds = _scaled(spectrum, bound, down)
     new = spectrum(factors.s, bounds, _tolerance(a))
 
     def diagonal(ds):
@@ -533,7 +541,7 @@ def _composed_jvp(spectrum, primals, tangents):
         return jax.jvp(lambda s, b: values(s, b).s, (factors.s, bounds), (ds, dbounds))[1]
 
     # Of a flat set the derivative at an allowed matrix is not the identity.
-    flat = isinstance(spectrum, _Truncate)
+    flat = spectrum is _truncate
     moved = _derivative(factors, da, new.s, new.slope.astype(a.dtype), diagonal)
     keep = new.allowed[..., None, None] & (not flat)
     return _composed(spectrum, a, bound), jnp.where(keep, da, moved)
