@@ -25,7 +25,11 @@ def explicit_axes(w: jax.Array) -> tuple[str, ...]:
 
 
 def automatic(
-    function: Callable[..., Any], w: jax.Array, *args: Any, spec: PartitionSpec | None = None
+    function: Callable[..., Any],
+    w: jax.Array,
+    *args: Any,
+    spec: PartitionSpec | None = None,
+    like: Any = None,
 ) -> Any:
     """`function(w, *args)`, sharded as `w`.
 
@@ -34,6 +38,7 @@ def automatic(
         w: Weights.
         *args: Other arrays, or trees of them.
         spec: What is sharded in the result, if it does not have the shape of `w`.
+        like: A tree of arrays, if the result is a tree that is sharded as those are.
 
     Returns:
         The result. Without Explicit axes the call is all there is.
@@ -41,7 +46,7 @@ def automatic(
     axes = explicit_axes(w)
     if not axes:
         return function(w, *args)
-    sharding = jax.typeof(w).sharding
+    sharding = jax.tree.map(lambda x: jax.typeof(x).sharding, w if like is None else like)
     if spec is not None:
         sharding = NamedSharding(sharding.mesh, spec)
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)(w, *args)

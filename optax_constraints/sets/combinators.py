@@ -111,19 +111,30 @@ class Stacked(_Around):
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array, of at least one more axis than a slice has."""
-        w = jnp.asarray(w)
-        return self._over_slices(self.constraint, w)(w)
+        return automatic(
+            lambda w, this: this._over_slices(this.constraint, w)(w), jnp.asarray(w), self
+        )
 
     def remember(self, w: jax.Array) -> Any:
         """What is remembered of each slice, stacked along first axes."""
-        return self._over_slices(self.constraint.remember, w, out_axis=0)(w)
+        return automatic(
+            lambda w, this: this._over_slices(this.constraint.remember, w, out_axis=0)(w),
+            *(w, self),
+            spec=PartitionSpec(),
+        )
 
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects one array with the help of what is remembered of each slice."""
-        function = self.constraint.advance
-        for axis in settle_axis("Stacked", self.axis, w.shape):
-            function = jax.vmap(function, (axis, 0), (axis, 0))
-        return function(w, memory)
+        if not self.remembers:
+            return self(w), memory
+
+        def advance(w: jax.Array, this: Stacked, memory: Any) -> tuple[jax.Array, Any]:
+            function = this.constraint.advance
+            for axis in settle_axis("Stacked", this.axis, w.shape):
+                function = jax.vmap(function, (axis, 0), (axis, 0))
+            return function(w, memory)
+
+        return automatic(advance, w, self, memory, like=(w, memory))
 
     def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
         """The tangent part of each slice."""
@@ -149,7 +160,11 @@ class Stacked(_Around):
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary, over all slices."""
-        return self._over_slices(self.constraint.on_bound, w, 0)(w)
+        return automatic(
+            lambda w, this: this._over_slices(this.constraint.on_bound, w, 0)(w),
+            *(w, self),
+            spec=PartitionSpec(),
+        )
 
     def _over_slices(self, function: Any, w: jax.Array, out_axis: int | None = None) -> Any:
         # The last axis is mapped first, and leaves the numbers of those before it as they are.
@@ -708,7 +723,7 @@ def _conjugate_gradients(linear: Callable[[jax.Array], jax.Array], b: jax.Array)
     Not `jax.scipy.sparse.linalg.cg`: once the residual is rounding, steps along the null space
     are unbounded. So this ends there, and returns the best that it has seen.
     """
-    enough = (4 * _numerics.eps(b.dtype)) ** 2 * jnp.vdot(b, b)
+    enough = (4 * _numerics.eps(b.dtype)) ** 2 * _dot(b, b)
 
     def going(state: Any) -> jax.Array:
         k, _, _, _, square, _, least = state
@@ -717,14 +732,18 @@ def _conjugate_gradients(linear: Callable[[jax.Array], jax.Array], b: jax.Array)
     def step(state: Any) -> Any:
         k, x, residual, direction, square, best, least = state
         image = linear(direction)
-        length = jnp.vdot(direction, image)
+        length = _dot(direction, image)
         size = square / jnp.where(length > 0, length, 1)
         x, residual = x + size * direction, residual - size * image
-        new = jnp.vdot(residual, residual)
+        new = _dot(residual, residual)
         direction = residual + new / square * direction
         best = jnp.where(new < least, x, best)
         return k + 1, x, residual, direction, new, best, jnp.minimum(new, least)
 
-    zero, square = jnp.zeros_like(b), jnp.vdot(b, b)
+    zero, square = jnp.zeros_like(b), _dot(b, b)
     start = jnp.zeros((), jnp.int32), zero, b, b, square, zero, square
     return jax.lax.while_loop(going, step, start)[5]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b)

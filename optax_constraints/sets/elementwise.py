@@ -392,8 +392,10 @@ class Grid(_Elementwise):
         middle = np.where(middle > 0, middle, below)
         wide, values = w.astype(dtype), jnp.asarray(values, w.dtype)
         if len(middle) > 32:
-            bounds = jnp.asarray(middle)
-            nearest = automatic(lambda wide: values[jnp.searchsorted(bounds, wide)], wide)
+            nearest = automatic(
+                lambda wide, values, middle: values[jnp.searchsorted(middle, wide)],
+                *(wide, values, jnp.asarray(middle)),
+            )
         else:
             nearest = jnp.full(w.shape, values[0])
             for bound, upper in zip(middle, values[1:], strict=True):
