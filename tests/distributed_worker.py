@@ -337,6 +337,18 @@ def explicit_axes(checks: Checks) -> None:
         ("top_k of rows", oc.top_k(3, axis=1), MATRICES["both"]),
         # Groups of 4, of which a device has 2 entries.
         ("split groups", oc.nm(2, 4), ((8, 32), P("x", "y"))),
+        # More than 32 values are searched.
+        ("large grid", oc.grid(np.arange(-40, 41) / 20), MATRICES["both"]),
+        (
+            "stacked norms",
+            oc.stacked(oc.compose(oc.non_neg(), oc.max_norm(1.0))),
+            MATRICES["stack and out"],
+        ),
+        (
+            "stacked norms at init",
+            oc.stacked(oc.compose(oc.non_neg(), oc.max_norm("0.5x init"))),
+            MATRICES["stack and out"],
+        ),
     ):
         sets[name], places[name] = constraint, place
         weights[name] = rng.normal(size=shape).astype(np.float32)
@@ -373,6 +385,15 @@ def explicit_axes(checks: Checks) -> None:
         params = {name: got[name] for name in reported}
         for row in oc.report(oc.constrain(params, rules), rules).rows:
             checks.that(row.at_bound and (row.outside or 0) < 1e-5, "explicit axes", str(row))
+        # By hand, and their derivatives.
+        flat = oc.intersection(oc.sum_to(0.0), oc.box(-1.0, 1.0))
+        for name in ("large grid", "stacked norms"):
+            for constraint in (sets[name], flat):
+                w = put(weights[name], mesh, places[name])
+                checks.close("explicit axes", "by hand", constraint(w), constraint(weights[name]))
+                _, dw = jax.jvp(constraint, (w,), (w,))
+                _, want = jax.jvp(constraint, (weights[name],), (weights[name],))
+                checks.close("explicit axes", "by hand", dw, want)
 
 
 def every_set(checks: Checks) -> None:

@@ -204,6 +204,88 @@ def test_gradients_go_through_an_intersection():
     np.testing.assert_allclose(jnp.vdot(forward, cotangent), jnp.vdot(dw, backward), rtol=1e-4)
 
 
+PLANES = oc.intersection(oc.sum_to(0.0), oc.hyperplane([1.0, 2.0, 3.0], 0.0))
+# Onto the one line that is in both.
+ONTO_LINE = np.outer([1, -2, 1], [1, -2, 1]) / 6
+
+
+@pytest.mark.parametrize(
+    ("constraint", "offsets"),
+    [
+        (PLANES, ([0, 0, 0], [0.3, 0.1, -0.7], [1, 1, 1])),
+        # Where all of them hold, the box makes no difference.
+        (oc.intersection(*PLANES.constraints, oc.box(-5.0, 5.0)), ([0, 0, 0],)),
+    ],
+    ids=["planes", "planes and a box"],
+)
+def test_the_derivative_of_planes_is_that_of_the_projection(constraint, offsets):
+    accuracy = 1e-9 if X64 else 5e-5
+    for offset in offsets:
+        w = jnp.array([1.0, -2.0, 1.0]) + jnp.array(offset)
+        for jacobian in (
+            jax.jacfwd(constraint),
+            jax.jacrev(constraint),
+            jax.jit(jax.jacfwd(constraint)),
+        ):
+            np.testing.assert_allclose(jacobian(w), ONTO_LINE, atol=accuracy)
+        hessian = jax.hessian(lambda w: jnp.sum(jnp.square(constraint(w))))(w)
+        np.testing.assert_allclose(hessian, 2 * ONTO_LINE, atol=4 * accuracy)
+
+
+def test_the_tangent_of_planes():
+    w, v = jnp.array([1.0, -2.0, 1.0]), jnp.array([1.0, 0.0, 0.0])
+    np.testing.assert_allclose(PLANES.tangent(w, v), ONTO_LINE @ v, atol=2e-5)
+    tx = oc.tangent(PLANES)
+    part, _ = tx.update(v, tx.init(w), w)
+    np.testing.assert_allclose(part, ONTO_LINE @ v, atol=2e-5)
+
+
+def test_the_derivative_of_planes_by_their_offset():
+    def nearest(offset):
+        return oc.intersection(oc.sum_to(offset), PLANES.constraints[1])(
+            jnp.array([1.0, -2.0, 1.0])
+        )
+
+    # Of the plane sum = t, <(1, 2, 3), x> = 0, the nearest point to the start.
+    want = [4 / 3, 1 / 3, -2 / 3]
+    np.testing.assert_allclose(jax.jacfwd(nearest)(0.0), want, atol=5e-5)
+    np.testing.assert_allclose(jax.jacrev(nearest)(0.0), want, atol=5e-5)
+
+
+def test_allowed_points_of_an_intersection_have_finite_gradients():
+    both = oc.intersection(oc.non_neg(), oc.max_norm(1.0))
+    for w in (jnp.zeros((6, 4)), jnp.full((6, 4), 0.1)):
+        np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(both(w)))(w), 1)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_sets_that_meet_at_a_flat_angle_converge_or_say_that_they_did_not(order):
+    sets = [oc.sum_to(1.0), oc.box(0.0, 0.3)]
+    sets = sets[::-1] if order else sets
+    w = jax.random.normal(jax.random.key(0), (50, 20))
+    near, far = oc.intersection(*sets), oc.intersection(*sets, iterations=20)
+    x = near(w)
+    assert np.max(np.abs(np.sum(float64(x), axis=0) - 1)) <= 1e-4
+    assert oc.violations(x, near)[""] <= 1e-3
+    for k in range(3):
+        wanted = cp.Variable(50)
+        nearest = cp.Minimize(cp.sum_squares(wanted - float64(w)[:, k]))
+        cp.Problem(nearest, [cp.sum(wanted) == 1, wanted >= 0, wanted <= 0.3]).solve()
+        np.testing.assert_allclose(x[:, k], wanted.value, atol=1e-4)
+    # What twenty rounds leave is in the violations, and no less than one of the sets shows.
+    left = far(30 * w)
+    outside = max(oc.violations(left, c)[""] for c in sets)
+    assert outside > 0.1
+    assert oc.violations(left, far)[""] >= 0.9 * outside
+
+
+def test_the_units_of_an_intersection_have_each_their_own_momentum():
+    both = oc.intersection(oc.sum_to(1.0), oc.box(0.0, 0.3))
+    w = 30 * jax.random.normal(jax.random.key(0), (50, 6))
+    together, alone = both(w), jnp.concatenate([both(w[:, k : k + 1]) for k in range(6)], axis=1)
+    np.testing.assert_allclose(together, alone, atol=1e-3)
+
+
 def test_traced_bounds_and_schedules_inside():
     project = jax.jit(lambda w, bound: oc.intersection(oc.non_neg(), oc.max_norm(bound))(w))
     for bound in (0.5, 1.0):
@@ -214,6 +296,13 @@ def test_traced_bounds_and_schedules_inside():
         updates, state = tx.update(10 * jnp.abs(W), state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(norms(float64(params), 0), bound, rtol=1e-6)
+
+
+def test_steps_with_a_schedule_compile_once():
+    tx = oc.project(oc.intersection(oc.max_norm(lambda step: 1.0 + step), oc.non_neg()))
+    updates, state = tx.update(W, tx.init(W), W)
+    updates, state = tx.update(updates, state, W)
+    assert _count_compilations(lambda: [tx.update(W, state, W) for _ in range(3)]) == 0
 
 
 def test_eager_calls_compile_once():
@@ -243,6 +332,21 @@ def _count_compilations(function) -> int:
             lambda: oc.intersection(oc.non_neg(), oc.unit_norm()),
             ValueError,
             "Intersection: UnitNorm() is not known to be convex",
+        ),
+        (
+            lambda: oc.intersection(oc.min_max_norm(0.0, 1.0, rate=0.1), oc.non_neg()),
+            ValueError,
+            "Intersection: MinMaxNorm(0, 1, 0.1) is not known to be convex",
+        ),
+        (
+            lambda: oc.intersection(oc.stacked(oc.soft(oc.max_norm(), 0.5)), oc.non_neg()),
+            ValueError,
+            "Intersection: Stacked(Soft(MaxNorm(2), 0.5)) is not known to be convex",
+        ),
+        (
+            lambda: oc.intersection(oc.soft(oc.max_norm(), lambda step: 1.0), oc.non_neg()),
+            ValueError,
+            "is not known to be convex",
         ),
         (
             lambda: oc.intersection(oc.non_neg(), oc.max_norm(), iterations=0),

@@ -264,3 +264,48 @@ def test_a_grid_of_many_values_is_searched():
 
     assert size(20) > size(10)
     assert size(1000) == size(100) < size(33)
+
+
+# Bit for bit, and the one convention for derivatives.
+
+
+ZEROS = [
+    oc.non_neg(),
+    oc.box(-1.0, 1.0),
+    oc.box(0.0, 1.0),
+    oc.box(upper=np.zeros(2)),
+    oc.soft(oc.non_neg(), 0.5),
+    oc.soft(oc.box(-1.0, 1.0), 0.25),
+    oc.compose(oc.non_neg(), oc.box(0.0, 1.0)),
+    oc.stacked(oc.non_neg()),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("constraint", ZEROS, ids=str)
+def test_zeros_keep_their_sign(constraint, dtype):
+    w = jnp.array([-0.0, 0.0], dtype)
+    assert bits(constraint(w)) == bits(w)
+    assert bits(jax.jit(constraint)(w)) == bits(w)
+
+
+def test_at_a_bound_the_derivative_is_that_of_the_inside():
+    w = jnp.array([-1.0, 0.0, 0.5, 1.0, 2.0])
+    for constraint, want in (
+        (oc.box(0.0, 1.0), [0, 1, 1, 1, 0]),
+        (oc.box(upper=1.0), [1, 1, 1, 1, 0]),
+        (oc.non_neg(), [0, 1, 1, 1, 1]),
+    ):
+        np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(constraint(w)))(w), want)  # noqa: B023  # called here
+    ball, l1 = oc.max_norm(1.0), oc.l1_ball(1.0)
+    for constraint, edge in ((ball, jnp.array([0.6, 0.8])), (l1, jnp.array([0.25, 0.75]))):
+        np.testing.assert_array_equal(jax.jacfwd(constraint)(edge), np.eye(2))
+
+
+def test_an_infinity_is_a_number_beyond_the_bound():
+    w = jnp.array([-jnp.inf, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(oc.box(-1.0, 2.0)(w), [-1, 2, np.nan])
+    np.testing.assert_array_equal(oc.non_neg()(w), [0, np.inf, np.nan])
+    tx = oc.project(oc.box(-1.0, 2.0))
+    zeros = jnp.zeros(3)
+    np.testing.assert_array_equal(tx.update(w, tx.init(zeros), zeros)[0], [-1, 2, np.nan])

@@ -1,8 +1,11 @@
 """Constraints that remember: where it is kept, and what it holds."""
 
+import collections
 import dataclasses
+import functools
 import json
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -347,3 +350,115 @@ def test_the_report_does_not_guess_which_units_are_at_a_relative_bound():
     w, constraint = PARAMS["out"]["kernel"], oc.max_norm("2x init")
     (row,) = oc.report(w, constraint, state=oc.project(constraint).init(w)).rows
     assert (row.constraint, row.units) == ("MaxNorm('2x init')", None)
+
+
+# States that come back as something else.
+
+
+def _step_and_violations(tx, rules, state):
+    far = jax.tree.map(lambda p: 10 * p, PARAMS)
+    updates, after = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    return list(
+        map(bits, jax.tree.leaves((updates, oc.violations(far, rules, state=state))))
+    ), after
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda memory: collections.OrderedDict(reversed(memory.items())),
+        lambda memory: {k: jax.tree.map(np.asarray, v) for k, v in reversed(memory.items())},
+        lambda memory: {k: list(v) for k, v in memory.items()},
+        flax.core.freeze,
+    ],
+    ids=["another order", "NumPy in another order", "lists", "frozen"],
+)
+def test_what_is_remembered_is_found_by_its_key(changed):
+    rules = {"kernel": oc.compose(oc.max_norm("0.5x init"), oc.fixed_norm("init", axis=0))}
+    tx = oc.project(rules)
+    state = tx.init(PARAMS)
+    assert isinstance(state.memory["out/kernel"], tuple)
+    want, _ = _step_and_violations(tx, rules, state)
+    other = state._replace(memory=changed(state.memory))
+    got, after = _step_and_violations(tx, rules, other)
+    assert got == want
+    # And it stays what it was: a scan has to give back what it got.
+    assert jax.tree.structure(after) == jax.tree.structure(other)
+    for key, value in state.memory.items():
+        same = zip(jax.tree.leaves(after.memory[key]), jax.tree.leaves(value), strict=True)
+        assert all(bits(a) == bits(b) for a, b in same)
+
+
+def test_a_state_that_lost_its_type():
+    tx = oc.project(RULES)
+    state = tx.init(PARAMS)
+    want, _ = _step_and_violations(tx, RULES, state)
+    got, after = _step_and_violations(tx, RULES, state._asdict())
+    assert got == want
+    assert isinstance(after, oc.ProjectState)
+    # Somewhere in a larger one, as well.
+    far = jax.tree.map(lambda p: 10 * p, PARAMS)
+    found = oc.violations(far, RULES, state=[{"trace": PARAMS}, state._asdict()])
+    assert bits(found["out/kernel"]) == bits(oc.violations(far, RULES, state=state)["out/kernel"])
+
+
+def test_a_path_that_looks_like_a_number_of_another_is_one_of_its_own():
+    w = jnp.arange(1.0, 4)
+    # Two leaves of the path a/b, and one that is called as the second might be.
+    params = {"a": {"b": w, "b#2": 3 * w}, "a/b": 2 * w}
+    tx = oc.project(oc.fixed_norm("init"))
+    state = tx.init(params)
+    assert len(state.memory) == 3
+    back = oc.constrain(jax.tree.map(lambda p: 10 * p, params), oc.fixed_norm("init"), state=state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, params)
+
+
+class _Remembers(oc.Constraint):
+    """Remembers the weights themselves."""
+
+    remembers = True
+
+    def __call__(self, w):
+        return jnp.asarray(w)
+
+    def remember(self, w):
+        return w
+
+    def advance(self, w, memory):
+        return memory, memory
+
+
+def test_what_is_remembered_is_a_copy():
+    params = {"w": jnp.ones(3)}
+    tx = oc.project({"w": _Remembers()})
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    new, state = step(params, tx.init(params))
+    assert params["w"].is_deleted()
+    np.testing.assert_array_equal(new["w"], 1)
+    np.testing.assert_array_equal(state.memory["w"], 1)
+
+
+def test_init_takes_abstract_parameters():
+    abstract = jax.eval_shape(lambda: PARAMS)
+    for tx in (oc.project(RULES), optax.chain(optax.adam(0.1), oc.project(RULES))):
+        state, want = tx.init(abstract), tx.init(PARAMS)
+        assert jax.tree.structure(state) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert jax.tree.structure(jax.eval_shape(tx.init, abstract)) == jax.tree.structure(want)
+    # What nobody has filled in passes for no norm.
+    state = oc.project(RULES).init(abstract)
+    assert np.all(np.isnan(oc.violations(PARAMS, RULES, state=state)["out/kernel"]))
+
+
+def test_constrain_without_a_state_takes_these_weights_for_the_first():
+    twice = oc.compose(oc.max_norm(1.0), oc.fixed_norm("2x init", axis=0))
+    w = PARAMS["dense"]["kernel"]
+    want = 2 * norms(float64(w), 0)
+    np.testing.assert_allclose(norms(float64(oc.constrain(w, twice)), 0), want, rtol=1e-6)
+    np.testing.assert_allclose(norms(float64(twice(w)), 0), want, rtol=1e-6)

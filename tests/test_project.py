@@ -1,5 +1,8 @@
 """`project` as an Optax transformation, and the verbs beside it."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.export
@@ -35,6 +38,18 @@ def feasible(params) -> bool:
     kernels = [params["Dense_0"]["kernel"], params["Dense_1"]["kernel"]]
     fits = [np.all(norms(float64(k), 0) <= 0.7 * (1 + 1e-6)) for k in kernels]
     return bool(all(fits) and np.all(float64(params["Dense_0"]["bias"]) >= 0))
+
+
+# Wrappers of Optax that choose between the updates of what they wrap and others.
+CONDITIONS = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(
+        tx, lambda step: jnp.greater_equal(step, 0)
+    ),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step: jnp.greater_equal(step, 0)
+    ),
+}
 
 
 def test_the_chain_ends_inside():
@@ -419,3 +434,120 @@ def test_a_bound_of_zero(bound):
     w = jnp.array([[1e-3, 5.0, 0.0]])
     assert jnp.max(jnp.abs(oc.max_norm(bound)(w))) <= jnp.finfo(jnp.float32).tiny
     np.testing.assert_array_equal(oc.min_max_norm(bound, 10.0)(w), w)
+
+
+def test_a_bound_of_zero_leaves_nothing():
+    w = jnp.array([[1.0, -1e-38, -0.0]])
+    for constraint in (oc.max_norm(0.0), oc.fixed_norm(0.0), oc.min_max_norm(0.0, 0.0)):
+        assert np.all(float64(constraint(w)) == 0)
+        updates, _ = oc.project(constraint).update(w, oc.project(constraint).init(w), w)
+        assert np.all(float64(optax.apply_updates(w, updates)) == 0)
+
+
+@pytest.mark.parametrize("value", [-1.0, -0.0, -jnp.inf])
+def test_a_schedule_below_its_range_counts_as_zero_with_and_without_jit(value):
+    w = jnp.array([3.0, 4.0])
+    tx = oc.project(oc.max_norm(lambda step: value))
+    state = tx.init(w)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(w, state, w)
+        np.testing.assert_array_equal(optax.apply_updates(w, updates), 0)
+    for constraint in (oc.soft(oc.non_neg(), lambda step: value), oc.simplex(lambda step: value)):
+        eager = oc.constrain(-w, constraint)
+        assert bits(eager) == bits(jax.jit(lambda w, c=constraint: oc.constrain(w, c))(-w))
+
+
+def test_the_count_in_a_state_is_that_of_the_optimizer():
+    tx = optax.chain(oc.tangent(oc.unit_norm()), optax.adam(0.1), oc.project(oc.unit_norm()))
+    state = tx.init(jnp.ones(3))
+    assert optax.tree_utils.tree_get(state, "count") == 0
+    own = {field for cls in (oc.ProjectState, oc.TangentState) for field in cls._fields}
+    assert own == {"updates_seen", "memory"}
+
+
+@pytest.mark.parametrize("wrap", CONDITIONS)
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    "constraint", [oc.non_neg(), oc.box(-0.1, 0.3), oc.max_norm(1.0), oc.grid([-1, 0, 1])], ids=str
+)
+def test_wrappers_with_a_condition_take_other_dtypes(wrap, jitted, constraint):
+    # They compare with the updates that they were given, so these keep their dtype.
+    p = jnp.asarray(constraint(jnp.linspace(-1, 1, 7)))
+    tx = CONDITIONS[wrap](optax.chain(optax.sgd(0.5), oc.project(constraint)))
+    update, state = (jax.jit(tx.update) if jitted else tx.update), tx.init(p)
+    for seed in range(3):
+        grads = jax.random.normal(jax.random.key(seed), (7,), jnp.bfloat16)
+        updates, state = update(grads, state, p)
+        assert updates.dtype == jnp.bfloat16
+        p = optax.apply_updates(p, updates)
+        outside = float(oc.violations(p, constraint)[""])
+        assert outside == 0 if constraint.elementwise else outside < 4e-3
+    # By itself the chain returns what the weights can take.
+    grads = jnp.ones(7, jnp.bfloat16)
+    alone = optax.chain(optax.sgd(0.5), oc.project(constraint))
+    assert alone.update(grads, alone.init(p), p)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize(
+    "constraint", [oc.max_norm(1.0), oc.unit_norm(), oc.min_max_norm(0.5, 1.0), oc.max_rms(1.0)]
+)
+def test_an_update_that_is_not_finite_shows_in_its_unit_alone(constraint, value):
+    p, u = jnp.full((3, 2), 0.25), jnp.full((3, 2), 0.125)
+    bad = u.at[0, 0].set(value)
+    constraint = dataclasses.replace(constraint, axis=0)
+    tx = oc.project({"w": constraint})
+    updates, _ = tx.update({"w": bad}, tx.init({"w": p}), {"w": p})
+    assert np.all(np.isnan(updates["w"][:, 0]))
+    assert np.all(np.isfinite(updates["w"][:, 1]))
+    projected = oc.constrain({"w": p + bad}, {"w": constraint})["w"]
+    assert np.array_equal(np.isnan(projected), np.isnan(updates["w"]))
+
+
+# Units that are split over devices: `vmap` gives an axis a name, as `shard_map` does.
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        oc.max_norm(1.0),
+        oc.unit_norm(),
+        oc.min_max_norm(0.5, 1.0),
+        oc.max_rms(0.2, axis=0),
+        oc.fixed_norm("init", axis=0),
+        oc.max_norm("0.5x init"),
+    ],
+    ids=str,
+)
+def test_norms_over_all_parts_of_a_unit(constraint):
+    keys = jax.random.split(jax.random.key(0), 3)
+    w, u, v = (jax.random.normal(key, (8, 3)) for key in keys)
+
+    def everything(constraint, w, u, v):
+        tx = oc.project(constraint)
+        updates, _ = tx.update(u, tx.init(w), w)
+        return constraint(w), updates, jax.vjp(constraint, w)[1](v)[0]
+
+    split = dataclasses.replace(constraint, axis_name="parts")
+    parts = [x.reshape(4, 2, 3) for x in (w, u, v)]
+    got = jax.vmap(functools.partial(everything, split), axis_name="parts")(*parts)
+    for a, b in zip(got, everything(constraint, w, u, v), strict=True):
+        np.testing.assert_allclose(a.reshape(8, 3), b, rtol=1e-5, atol=1e-6)
+    # Without the name, each part counts by itself.
+    alone = jax.vmap(functools.partial(everything, constraint), axis_name="parts")(*parts)[0]
+    assert constraint.remembers or not np.allclose(alone.reshape(8, 3), constraint(w), atol=1e-3)
+    zeros = jnp.zeros((4, 2, 3))
+    got = jax.vmap(lambda w: jax.vjp(split, w)[1](w + 1)[0], axis_name="parts")(zeros)
+    assert np.all(np.isfinite(got))
+
+
+def test_names_of_axes_are_checked_and_kept():
+    constraint = oc.max_norm(2.0, axis_name=["x", "y"])
+    assert constraint == oc.max_norm(2.0, axis_name=("x", "y")) != oc.max_norm(2.0)
+    assert repr(constraint) == "MaxNorm(max_value=2.0, axis=0, axis_name=('x', 'y'))"
+    assert oc.deserialize(oc.serialize(constraint)) == constraint
+    assert oc.max_norm(2.0).get_config() == {"max_value": 2.0, "axis": 0}
+    with pytest.raises(TypeError, match=r"MaxNorm: axis_name=3 is not a name; write"):
+        oc.max_norm(2.0, axis_name=3)  # pyright: ignore[reportArgumentType]  # it is refused
+    with pytest.raises(ValueError, match=r"MaxNorm: axis_name='model' is no axis here; it is for"):
+        oc.max_norm(2.0, axis_name="model")(jnp.ones(3))

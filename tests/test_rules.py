@@ -6,6 +6,7 @@ import types
 import warnings
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_constraints as oc
+from optax_constraints import _rules
 from optax_constraints._rules import Binder
 
 
@@ -673,3 +675,53 @@ def test_leaves_that_only_look_like_arrays(attribute):
     assert set(assigned({"kernel": "non_neg"}, params)) == {"kernel"}
     with pytest.raises(TypeError, match=r"'odd' \(SimpleNamespace\), and only floating-point"):
         oc.project({"odd": "non_neg"}).init(params)
+
+
+def test_the_trees_that_a_binder_remembers_are_few():
+    bind = _rules.Binder({"w": oc.non_neg()})
+    for n in range(40):
+        bind({"w": jnp.zeros(n)})
+        bind({"w": jnp.zeros(3)})  # in use, so that it stays
+    assert len(bind._cache) == _rules._REMEMBERED_TREES
+    last = bind({"w": jnp.zeros(3)})
+    assert bind({"w": jnp.ones(3)}) is last
+
+
+class _WithTable(eqx.Module):
+    """A module with an array that is no parameter, and that Python cannot compare."""
+
+    weight: jax.Array
+    table: np.ndarray = eqx.field(static=True)
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_a_module_with_a_static_array_binds():
+    tx = oc.project({"weight": oc.non_neg()})
+    models = [_WithTable(-jnp.ones(2), np.arange(n)) for n in (2, 2, 3)]
+    for model in models:
+        state = tx.init(model)
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(jnp.zeros_like, model), state, model)
+            np.testing.assert_array_equal(updates.weight, 1)
+
+
+def test_a_predicate_decides_once_for_trees_of_the_same_shapes():
+    tx = oc.project([(lambda path, leaf: leaf.min() < 0, oc.non_neg())])
+    params = {"w": -jnp.ones(2)}
+    state = tx.init(params)
+    # Neither the values of a step nor those that JAX traces are asked.
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update({"w": -jnp.ones(2)}, state, {"w": jnp.ones(2)})
+        np.testing.assert_array_equal(updates["w"], -1)
+
+
+def test_numpy_float64_is_what_jax_makes_of_it(recwarn):
+    kinds = []
+
+    def mine(w):
+        kinds.append((w.shape, w.dtype))
+        return jnp.minimum(w, 0)
+
+    oc.constrain({"w": np.ones(3)}, {"w": mine})
+    assert set(kinds) == {((3,), jnp.result_type(float))}
+    assert not recwarn.list
