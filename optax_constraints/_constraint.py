@@ -37,8 +37,8 @@ class Constraint:
     Constraints are pytrees: numbers and arrays are their leaves, and axes, text, schedules and
     functions belong to their structure. So a constraint can be an argument of `jax.jit`,
     `jax.vmap` or `jax.lax.scan`, and other numbers compile nothing. In a subclass of your own
-    the leaves are the arrays and constraints among its fields, or, if it is no dataclass, among
-    its attributes.
+    the leaves are the JAX arrays and the constraints among its attributes; NumPy arrays are not,
+    so that it may count on them to be concrete.
 
     Example:
         >>> import jax.numpy as jnp
@@ -167,7 +167,7 @@ class Constraint:
         """
         if type(self) not in _builtin:
             return dataclasses.replace(cast(Any, self), **values)
-        return _remake(type(self), {**vars(self), **values})
+        return _remake(type(self), {**_values(self), **values})
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -326,17 +326,17 @@ class _Structure(NamedTuple):
 
     data: tuple[str, ...]
     """The names of what is."""
-    rest: tuple[tuple[str, "_Compared"], ...]
+    rest: tuple[tuple[str, "_Held"], ...]
 
 
 _DATA = "_names_of_data"
 
 
 def _values(constraint: Constraint) -> dict[str, Any]:
-    """The fields of a constraint, or the attributes of one that is no dataclass."""
-    if dataclasses.is_dataclass(constraint):
-        return {f.name: getattr(constraint, f.name) for f in dataclasses.fields(constraint)}
-    return {name: value for name, value in vars(constraint).items() if name != _DATA}
+    """The attributes of a constraint: its fields, and what a user's class may have besides."""
+    slots = (name for cls in type(constraint).__mro__ for name in getattr(cls, "__slots__", ()))
+    held = {name: getattr(constraint, name) for name in slots if hasattr(constraint, name)}
+    return held | {name: value for name, value in vars(constraint).items() if name != _DATA}
 
 
 def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
@@ -344,19 +344,29 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
     values = _values(constraint)
     names = vars(constraint).get(_DATA)
     if names is None:
-        numbers = {f.name for f in _fields(constraint) if f.metadata.get("number")}
-        names = tuple(k for k, value in values.items() if _is_data(value, number=k in numbers))
-    rest = tuple((k, _Compared(value)) for k, value in values.items() if k not in names)
+        own = type(constraint) in _builtin
+        numbers = {f.name for f in _fields(constraint) if own and f.metadata.get("number")}
+        names = tuple(k for k, v in values.items() if k in numbers and _is_number(v))
+        names += tuple(k for k, v in values.items() if k not in numbers and _is_data(v, own))
+    rest = tuple((k, _Held(value)) for k, value in values.items() if k not in names)
     return {name: values[name] for name in names}, _Structure(names, rest)
 
 
-def _is_data(value: Any, *, number: bool) -> bool:
-    """Whether what a field holds are numbers that may change, and not structure."""
-    if isinstance(value, (tuple, list)):
-        return any(_is_data(part, number=False) for part in value)
+def _is_number(value: Any) -> bool:
+    """Whether a field for numbers holds some, and no text or schedule."""
     if isinstance(value, Constraint) or _is_array(value):
         return True
-    return number and not isinstance(value, str) and not callable(value)
+    return not isinstance(value, str) and not callable(value)
+
+
+def _is_data(value: Any, own: bool) -> bool:
+    """Whether another field holds arrays or constraints.
+
+    A class of a user's own may count on NumPy arrays to be concrete.
+    """
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(_is_data(part, own) for part in value)
+    return isinstance(value, (Constraint, jax.Array) if not own else (Constraint, *_ARRAYS))
 
 
 def _remake(cls: type[_Made], values: Mapping[str, Any]) -> _Made:
@@ -392,6 +402,21 @@ class _Compared:
         return hash(self.value)
 
 
+class _Held(_Compared):
+    """One that always hashes: what does not by itself is equal to itself alone."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Held):
+            return False
+        return self.value is other.value or (hash(self) == hash(other) and super().__eq__(other))
+
+    def __hash__(self) -> int:
+        try:
+            return super().__hash__()
+        except TypeError:
+            return id(self.value)
+
+
 def _equal(a: Any, b: Any) -> bool:
     if a is b:
         return True
@@ -400,7 +425,10 @@ def _equal(a: Any, b: Any) -> bool:
     if _is_array(a) and _is_array(b):
         if a.shape != b.shape or a.dtype != b.dtype or not (_is_readable(a) and _is_readable(b)):
             return False
-        return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        try:
+            return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        except (RuntimeError, TypeError):  # deleted, or a random key
+            return False
     if _is_array(a) or _is_array(b):
         return False
     return a == b
@@ -411,6 +439,18 @@ def _is_readable(array: Any) -> bool:
     if isinstance(array, Tracer):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def axis_names(constraint: Any) -> tuple[str, ...]:
+    """The axes of meshes that a constraint, or what it is made of, names."""
+    if isinstance(constraint, (tuple, list)):
+        return tuple(name for part in constraint for name in axis_names(part))
+    if not isinstance(constraint, Constraint):
+        return ()
+    values = _values(constraint)
+    named = values.get("axis_name")
+    own = () if named is None else (named,) if isinstance(named, str) else tuple(named)
+    return own + axis_names(tuple(values.values()))
 
 
 def own_arrays(constraint: Constraint) -> None:
@@ -529,8 +569,11 @@ def _check_scalar(what: str, value: Any) -> None:
         raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
 
 
+_ARRAYS = np.ndarray, jax.Array
+
+
 def _is_array(value: Any) -> TypeGuard[np.ndarray | jax.Array]:
-    return isinstance(value, (np.ndarray, jax.Array))
+    return isinstance(value, _ARRAYS)
 
 
 def _short(value: object) -> str:

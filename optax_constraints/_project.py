@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
@@ -111,21 +112,16 @@ def project(
                 new.append(u)
             return new, kept
 
-        if every == 1:
-            new, kept = projected(given, remembered)
-        else:
-            # Both branches give the dtypes that a projection would.
-            like, _ = jax.eval_shape(projected, given, remembered)
-            new, kept = jax.lax.cond(
-                (state.updates_seen + 1) % every == 0,
-                projected,
-                lambda given, memory: (
-                    jax.tree.map(lambda u, t: u.astype(t.dtype), given, like),
-                    memory,
-                ),
-                given,
-                remembered,
-            )
+        def passed(given: list[Any], memory: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+            # In the dtypes that a projection would give.
+            like, _ = jax.eval_shape(projected, given, memory)
+            return jax.tree.map(lambda u, t: u.astype(t.dtype), given, like), memory
+
+        due = True if every == 1 else (state.updates_seen + 1) % every == 0
+        if isinstance(due, Tracer):
+            new, kept = jax.lax.cond(due, projected, passed, given, remembered)
+        else:  # a condition would be compiled in each step
+            new, kept = (projected if due else passed)(given, remembered)
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
         memory = like_before(state.memory, kept)
         return treedef.unflatten(new), state._replace(updates_seen=seen, memory=memory)
@@ -260,6 +256,8 @@ class _OtherStructureError(Exception):
 
 def _rearranged(tree: Any, like: Any) -> Any:
     """The leaves of one tree in the containers of another, paired by key or by number."""
+    if not jax.tree.leaves(like) and not jax.tree.leaves(tree):
+        return like  # of nothing, containers may be lost
     own, other = (_children(t) for t in (tree, like))
     if own is None or other is None:
         if own is other:
@@ -344,7 +342,8 @@ def memory_in(state: Any) -> Any:
             "tx.update returned, where project is in tx."
         )
     memory: dict[str, Any] = {}
-    for own in (s["memory"] for s in states if isinstance(s["memory"], Mapping)):
+    found = {id(s["memory"]): s["memory"] for s in states}
+    for own in (own for own in found.values() if isinstance(own, Mapping)):
         twice = sorted({*memory} & {*own})
         if twice:
             raise ValueError(

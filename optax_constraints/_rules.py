@@ -20,6 +20,7 @@ from optax_constraints._constraint import (
     Constraint,
     Identifier,
     as_constraint,
+    axis_names,
     is_builtin,
 )
 from optax_constraints._private import called_from_optax
@@ -347,7 +348,8 @@ def _settle(
     shape, dtype = known
     constraint = rule.constraint.settle(path, shape, layout)
     key = id(rule.constraint), shape, dtype, layout
-    if not is_builtin(constraint) and key not in checked:
+    # What sums over an axis of a mesh cannot be tried where there is none.
+    if not is_builtin(constraint) and key not in checked and not axis_names(constraint):
         checked.add(key)
         _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))
     return constraint

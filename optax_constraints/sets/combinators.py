@@ -1,6 +1,7 @@
 """Constraints made of other constraints."""
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from optax_constraints._constraint import (
     Constraint,
     Number,
     as_constraint,
+    axis_names,
     check_number,
     is_number,
     number,
@@ -541,7 +543,8 @@ class Intersection(_Several):
     Name first the set that takes away most, and give it more `iterations`.
 
     If the sets share no point the result means nothing. A round costs all the projections,
-    and each set keeps two leaves of memory.
+    and each set keeps two leaves of memory. The derivative takes all `iterations`, unless the
+    weights are allowed.
 
     Args:
         *constraints: Two or more convex ones, of anything that `get` accepts.
@@ -572,6 +575,12 @@ class Intersection(_Several):
                     f"Intersection: {constraint} is not known to be convex, so that the nearest "
                     "point of an intersection cannot be found; write Compose, or set convex = "
                     "True in a class of your own."
+                )
+            if names := axis_names(constraint):
+                raise ValueError(
+                    f"Intersection: {constraint} sums over {names[0]!r}, an axis of a mesh, and "
+                    "devices would take different numbers of rounds; project outside of "
+                    "jax.shard_map, without axis_name."
                 )
         try:
             if isinstance(iterations, bool):
@@ -606,16 +615,28 @@ class Intersection(_Several):
 def _nearest_of_all(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
     constraints = intersection.constraints
     if intersection.smooth:
-        x = _dykstra(intersection, memory, jax.lax.stop_gradient(w))
+        x = _rounds(intersection, memory, jax.lax.stop_gradient(w))
         return _on_flats(constraints, memory, w, x)
-    x = _dykstra(intersection, memory, w)
-    # At an allowed point the iteration ends after one round, and so would its derivative.
+    x = _rounds(intersection, memory, w)
+    # At allowed points, and at what counts as allowed, where the rounds have nothing to do.
+    slack = 64 * _numerics.eps(w.dtype) * jnp.max(jnp.abs(w), initial=0)
     return jax.lax.cond(
-        jnp.all(x == w),
+        jnp.all(jnp.abs(x - w) <= slack),
         lambda x: _on_flats(constraints, memory, w, jax.lax.stop_gradient(x)),
         lambda x: x,
         x,
     )
+
+
+@jax.custom_jvp
+def _rounds(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
+    """As many rounds as the point needs; its derivative may need more, and takes them all."""
+    return _dykstra(intersection, memory, w)
+
+
+@_rounds.defjvp
+def _rounds_jvp(primals: Any, tangents: Any) -> Any:
+    return jax.jvp(functools.partial(_dykstra, all_rounds=True), primals, tangents)
 
 
 class _Rounds(NamedTuple):
@@ -633,7 +654,9 @@ class _Rounds(NamedTuple):
     changed: jax.Array
 
 
-def _dykstra(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
+def _dykstra(
+    intersection: Intersection, memory: Any, w: jax.Array, all_rounds: bool = False
+) -> jax.Array:
     """The last round's result."""
     constraints = intersection.constraints
     tolerance = _numerics.eps(w.dtype) / 2
@@ -650,7 +673,8 @@ def _dykstra(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array
             y = x + before
             x, _ = constraint.advance(y, own)
             # Increments settle before the point does, or after: both have to stand still.
-            limit = tolerance * jnp.max(jnp.nan_to_num(jnp.abs(y)), initial=0)
+            size = jnp.max(jnp.nan_to_num(jnp.abs(y)), axis=axes, keepdims=True, initial=0)
+            limit = tolerance * size
             changed |= jnp.any(jnp.abs((y - x) - before) > limit)
             taken.append(y - x)
             dual -= jnp.sum((y - x) * x, axis=axes, keepdims=True)
@@ -661,6 +685,8 @@ def _dykstra(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array
         return _Rounds(x, tuple(taken), last.taken, pace, dual, changed)
 
     def step(last: _Rounds, _: None) -> tuple[_Rounds, None]:
+        if all_rounds:
+            return round_(last), None
         return jax.lax.cond(last.changed, round_, lambda last: last, last), None
 
     none = (jnp.zeros_like(w),) * len(constraints)

@@ -85,7 +85,8 @@ class _NormSet(UnitSet):
         largest = jax.lax.pmax(jax.lax.stop_gradient(norm), self.axis_name)
         some = largest > 0
         squares = jax.lax.psum(jnp.square(norm / jnp.where(some, largest, 1)), self.axis_name)
-        return jnp.where(some, largest * jnp.sqrt(jnp.where(some, squares, 1)), 0)
+        # Where none is above 0 the squares are 0, or NaN.
+        return jnp.where(some, largest * jnp.sqrt(jnp.where(some, squares, 1)), squares)
 
     def _size(self, w: jax.Array, axis: tuple[int, ...]) -> int:
         """How many entries a unit has, on all devices of `axis_name`."""
