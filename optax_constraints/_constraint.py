@@ -334,9 +334,10 @@ _DATA = "_names_of_data"
 
 def _values(constraint: Constraint) -> dict[str, Any]:
     """The attributes of a constraint: its fields, and what a user's class may have besides."""
+    names = [f.name for f in _fields(constraint)]
     slots = (name for cls in type(constraint).__mro__ for name in getattr(cls, "__slots__", ()))
-    held = {name: getattr(constraint, name) for name in slots if hasattr(constraint, name)}
-    return held | {name: value for name, value in vars(constraint).items() if name != _DATA}
+    names += sorted({*slots, *vars(constraint)} - {*names, _DATA})
+    return {name: getattr(constraint, name) for name in names if hasattr(constraint, name)}
 
 
 def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
@@ -346,8 +347,11 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
     if names is None:
         own = type(constraint) in _builtin
         numbers = {f.name for f in _fields(constraint) if own and f.metadata.get("number")}
-        names = tuple(k for k, v in values.items() if k in numbers and _is_number(v))
-        names += tuple(k for k, v in values.items() if k not in numbers and _is_data(v, own))
+        names = tuple(
+            name
+            for name, value in values.items()
+            if (_is_number(value) if name in numbers else _is_data(value, own))
+        )
     rest = tuple((k, _Held(value)) for k, value in values.items() if k not in names)
     return {name: values[name] for name in names}, _Structure(names, rest)
 
@@ -400,6 +404,9 @@ class _Compared:
         if isinstance(self.value, (tuple, list)):
             return hash(tuple(map(_Compared, self.value)))
         return hash(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class _Held(_Compared):

@@ -258,6 +258,32 @@ def test_allowed_points_of_an_intersection_have_finite_gradients():
         np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(both(w)))(w), 1)
 
 
+def test_what_an_intersection_returned_is_allowed_also_to_its_derivative():
+    # It need not be so to the bit.
+    both = oc.intersection(*PLANES.constraints, oc.box(-5.0, 5.0))
+    jacobian = jax.jit(jax.jacfwd(both))
+    for seed in range(20):
+        w = both(jax.random.normal(jax.random.key(seed), (3,)))
+        np.testing.assert_allclose(jacobian(w), ONTO_LINE, atol=1e-3)
+
+
+def test_the_derivative_close_to_a_set_is_as_right_as_far_from_it():
+    # Where the point needs few rounds and its derivative as many as ever.
+    both = oc.intersection(oc.sum_to(0.0), oc.hyperplane([1.0, 2.0, 3.0], 0.0), oc.box(-5.0, 5.0))
+    inside = jnp.array([1.0, -2.0, 1.0])
+    for away in (1e-4, 1e-2, 1.0):
+        w = inside + away * jnp.array([0.3, 0.1, -0.7])
+        np.testing.assert_allclose(jax.jit(jax.jacfwd(both))(w), ONTO_LINE, atol=2e-4)
+        np.testing.assert_allclose(jax.jit(jax.jacrev(both))(w), ONTO_LINE, atol=2e-4)
+
+
+def test_an_infinity_in_one_unit_does_not_end_the_rounds_of_others():
+    both = oc.intersection(oc.non_neg(), oc.sum_to(1.0))
+    w = jnp.array([[3.0, jnp.inf], [2.0, 1.0], [-3.0, 1.0]])
+    np.testing.assert_allclose(both(w)[:, 0], [1, 0, 0], atol=1e-6)
+    assert np.all(np.isnan(both(w)[:, 1]))
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_sets_that_meet_at_a_flat_angle_converge_or_say_that_they_did_not(order):
     sets = [oc.sum_to(1.0), oc.box(0.0, 0.3)]
@@ -332,6 +358,11 @@ def _count_compilations(function) -> int:
             lambda: oc.intersection(oc.non_neg(), oc.unit_norm()),
             ValueError,
             "Intersection: UnitNorm() is not known to be convex",
+        ),
+        (
+            lambda: oc.intersection(oc.stacked(oc.max_norm(axis_name="m")), oc.non_neg()),
+            ValueError,
+            "Intersection: Stacked(MaxNorm(2)) sums over 'm', an axis of a mesh",
         ),
         (
             lambda: oc.intersection(oc.min_max_norm(0.0, 1.0, rate=0.1), oc.non_neg()),

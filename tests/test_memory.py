@@ -6,6 +6,7 @@ import functools
 import json
 
 import flax.core
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -400,6 +401,21 @@ def test_a_state_that_lost_its_type():
     far = jax.tree.map(lambda p: 10 * p, PARAMS)
     found = oc.violations(far, RULES, state=[{"trace": PARAMS}, state._asdict()])
     assert bits(found["out/kernel"]) == bits(oc.violations(far, RULES, state=state)["out/kernel"])
+
+
+def test_containers_without_anything_in_them_may_be_lost():
+    rules = {"kernel": oc.compose(oc.fixed_norm("init"), oc.non_neg())}
+    tx = oc.project(rules)
+    state = tx.init(PARAMS)
+    assert state.memory["out/kernel"][1] == ()
+    restored = flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
+    want, _ = _step_and_violations(tx, rules, state)
+    assert _step_and_violations(tx, rules, restored)[0] == want
+
+
+def test_one_state_seen_twice_is_one():
+    state = oc.project(RULES).init(PARAMS)
+    oc.violations(PARAMS, RULES, state={"now": state, "again": state})
 
 
 def test_a_path_that_looks_like_a_number_of_another_is_one_of_its_own():

@@ -536,6 +536,11 @@ def test_norms_over_all_parts_of_a_unit(constraint):
     # Without the name, each part counts by itself.
     alone = jax.vmap(functools.partial(everything, constraint), axis_name="parts")(*parts)[0]
     assert constraint.remembers or not np.allclose(alone.reshape(8, 3), constraint(w), atol=1e-3)
+    # One part that is not finite shows in the whole unit.
+    for bad in (jnp.nan, jnp.inf):
+        got = jax.vmap(split, axis_name="parts")(parts[0].at[0, 0, 0].set(bad))
+        assert np.all(np.isnan(got[..., 0]))
+        assert np.all(np.isfinite(got[..., 1:]))
     zeros = jnp.zeros((4, 2, 3))
     got = jax.vmap(lambda w: jax.vjp(split, w)[1](w + 1)[0], axis_name="parts")(zeros)
     assert np.all(np.isfinite(got))

@@ -201,9 +201,97 @@ def test_a_class_of_ones_own_is_a_pytree(make):
 
 def test_only_arrays_of_a_users_class_are_leaves():
     assert jax.tree.leaves(Plain(1.0)) == []
-    assert jax.tree.leaves(Own(np.ones(()), 0.5)) == [1.0]
-    (leaf,) = jax.tree.leaves(Plain([np.ones(2)], name="list"))
+    assert jax.tree.leaves(Own(jnp.ones(()), 0.5)) == [1.0]
+    (leaf,) = jax.tree.leaves(Plain([jnp.ones(2)], name="list"))
     assert leaf.shape == (2,)
+    assert jax.tree.leaves(Plain((jnp.ones(2), "text"))) == []
+
+
+class Concrete(oc.Constraint):
+    """Counts on what it has to be concrete."""
+
+    convex = True
+
+    def __init__(self):
+        self.free, self.options = np.array([True, False, True]), {"most": 1.0}
+
+    def __call__(self, w):
+        for i in np.flatnonzero(self.free):
+            w = w.at[i].min(self.options["most"])
+        return w
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived(oc.Constraint):
+    """Has an attribute that is no field."""
+
+    size: int
+    convex = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", jnp.ones(self.size))
+
+    def __call__(self, w):
+        return jnp.minimum(w, self.table)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Slots(oc.Constraint):
+    __slots__ = ("most",)
+    convex = True
+
+    def __init__(self):
+        self.most = 1.0
+
+    def __call__(self, w):
+        return jnp.minimum(w, self.most)
+
+
+class Scaled(oc.MaxNorm):
+    """One of the library's, with more to it."""
+
+    def __init__(self, bound, factor):
+        super().__init__(bound)
+        object.__setattr__(self, "factor", factor)
+
+    def __call__(self, w):
+        return super().__call__(w / self.factor) * self.factor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("make", [Concrete, lambda: Derived(3), Slots, lambda: Scaled(9.0, 2.0)])
+def test_classes_of_ones_own_inside_others(make):
+    w = jnp.array([3.0, -1.0, 2.0])
+    constraint = make()
+    want = jnp.maximum(constraint(w), 0)
+    np.testing.assert_allclose(oc.intersection(constraint, oc.non_neg())(w), want, atol=1e-5)
+    np.testing.assert_array_equal(oc.compose(constraint, oc.non_neg())(w), want)
+    mapped = jax.tree.map(lambda x: x, constraint)
+    np.testing.assert_array_equal(mapped(w), constraint(w))
+
+
+def test_attributes_that_are_no_fields_count():
+    assert Scaled(1.0, 2.0) == Scaled(1.0, 2.0) != Scaled(1.0, 3.0)
+
+
+@pytest.mark.parametrize("through", ["jit", "tree.map"])
+def test_a_schedule_is_evaluated_after_a_round_trip(through):
+    constraint, w = oc.max_norm(lambda step: 1.0 + step), jnp.array([3.0, 4.0])
+    if through == "jit":
+        got = jax.jit(lambda c, step: c.at(step))(constraint, 1.0)
+    else:
+        got = jax.vmap(jax.tree.map(lambda x: x, constraint).at)(jnp.array([1.0]))
+        got = jax.tree.map(lambda x: x[0], got)
+    assert jax.tree.leaves(got) == [2.0]
+    np.testing.assert_allclose(got(w), [1.2, 1.6], rtol=1e-6)
+
+
+def test_what_cannot_be_compared_is_not_equal():
+    deleted = jnp.ones(3)
+    one, other = oc.box(upper=deleted), oc.box(upper=jnp.ones(3))
+    deleted.delete()
+    assert one != other
+    assert one == one  # to itself it is
+    keys = [Plain(jax.random.key(0)), Plain(jax.random.key(0))]
+    assert jax.tree.structure(keys[0]) == jax.tree.structure(keys[1])
 
 
 def test_a_class_without_a_constructor_takes_no_arguments():
