@@ -248,7 +248,7 @@ class Constraint:
         dtype = jnp.promote_types(params.dtype, delta.dtype)
         reached = (params.astype(dtype) + delta.astype(dtype)).astype(params.dtype)
         reached = jax.lax.stop_gradient(reached)
-        return _nudge(delta, reached, self(reached))
+        return _nudged(delta, reached, self(reached))
 
     def __eq__(self, other: object) -> bool:
         """Whether `other` is the same set with the same hyperparameters."""
@@ -288,6 +288,10 @@ def _nudge(delta: jax.Array, reached: jax.Array, allowed: jax.Array) -> jax.Arra
 @_nudge.defjvp
 def _nudge_jvp(primals: Any, tangents: Any) -> Any:
     return _nudge(*primals), tangents[0]
+
+
+# Compiled by itself, for calls outside jit.
+_nudged = jax.jit(_nudge, inline=True)
 
 
 # Constraints as pytrees, and as values that are equal or not.

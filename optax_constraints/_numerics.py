@@ -71,9 +71,14 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    return jnp.sqrt(sum_of_squares(x, axis))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """`norm` by one sum of squares, which overflows and underflows."""
-    return jnp.sqrt(sum_of_squares(x, axis))
+    return _plain_norm(x, axis)
 
 
 def _norm_jvp(function, axis, primals, tangents):
@@ -84,7 +89,7 @@ def _norm_jvp(function, axis, primals, tangents):
 
 
 _differentiable_norm.defjvp(lambda *args: _norm_jvp(norm, *args))
-plain_norm.defjvp(functools.partial(_norm_jvp, plain_norm))
+_plain_norm.defjvp(lambda *args: _norm_jvp(plain_norm, *args))
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.

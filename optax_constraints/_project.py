@@ -1,6 +1,5 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
-import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -91,7 +90,7 @@ def project(
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(updates)
         bound = bind(params)
-        remembered = recall(state.memory, bound, leaves)
+        remembered = recall(state.memory, bound)
         # Their other branch has updates as they came in, and both must have one dtype.
         keep_dtype = called_from_optax(*_CONDITIONS)
 
@@ -159,12 +158,13 @@ def remember(params: Any, bind: Binder) -> Any:
         # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
         # this place stands for any memory.
         return jnp.zeros(())
-    rememberers = _rememberers(bound, leaves)
+    pairs = zip(keyed(bound), leaves, strict=True)
+    rememberers = {key: (own, leaf) for (key, own), leaf in pairs if own.remembers}
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in rememberers.values()):
-        return {key: _remembered(*each) for key, each in rememberers.items()}
+        return {key: own.remember(leaf) for key, (own, leaf) in rememberers.items()}
     # As Adam does, arrays of the right shapes. What should be put in their place and is not,
     # must not pass for norms.
-    return jax.tree.map(_unset, _memory_like(bound, leaves))
+    return jax.tree.map(_unset, {key: own.memory for key, (own, _) in rememberers.items()})
 
 
 def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -172,29 +172,7 @@ def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.asarray(np.full(like.shape, value, like.dtype))
 
 
-def _rememberers(bound: list[Bound], leaves: list[Any]) -> dict[str, tuple[Constraint, Any]]:
-    """The constraints that remember, each with its leaf, by the key of the memory."""
-    return {
-        key: (constraint, leaf)
-        for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
-        if (constraint := leaf_bound.at(0)) is not None and constraint.remembers
-    }
-
-
-def _remembered(constraint: Constraint, leaf: Any) -> Any:
-    # A copy, lest the state and the parameters be one buffer, and both donated.
-    return jax.tree.map(jnp.array, constraint.remember(jnp.asarray(leaf)))
-
-
-def _memory_like(bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
-    """Structure, shapes and dtypes of what constraints remember of these leaves, by key."""
-    return {
-        key: jax.eval_shape(functools.partial(_remembered, constraint), leaf)
-        for key, (constraint, leaf) in _rememberers(bound, leaves).items()
-    }
-
-
-def recall(memory: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+def recall(memory: Any, bound: list[Bound]) -> dict[str, Any]:
     """What a state remembers, as the constraints left it.
 
     A state that was saved may come back with NumPy arrays, lists in place of tuples and other
@@ -203,7 +181,6 @@ def recall(memory: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]
     Args:
         memory: The memory of a state.
         bound: The rules, bound to the leaves.
-        leaves: The parameters.
 
     Returns:
         By key, what each constraint remembers, as JAX arrays.
@@ -211,7 +188,7 @@ def recall(memory: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]
     Raises:
         ValueError: If it is not the memory of these constraints and leaves.
     """
-    want = _memory_like(bound, leaves)
+    want = {key: own.memory for key, own in keyed(bound) if own.remembers}
     have = dict(memory) if isinstance(memory, Mapping) else {}
     for path in sorted({*have, *want}):
         if path not in want:
@@ -310,17 +287,25 @@ def constrain(
         {'bias': Array([0., 2.], dtype=float32)}
     """
     bind = Binder(rules, layout=layout, strict=strict)
-    memory = remember(params, bind) if state is None else memory_in(state)
-    return constrain_bound(params, bind, step, memory)[0]
+    if state is None:
+        return _projected(params, bind(params), step, remember(params, bind) or {})[0]
+    return constrain_bound(params, bind, step, memory_in(state))[0]
 
 
 def constrain_bound(
     params: Any, bind: Binder, step: jax.typing.ArrayLike, memory: Any
 ) -> tuple[Any, Any]:
     """`constrain` with rules that may remember this tree, and with what constraints remember."""
-    leaves, treedef = jax.tree.flatten(params)
     bound = bind(params)
-    remembered = recall(memory, bound, leaves)
+    new, kept = _projected(params, bound, step, recall(memory, bound))
+    return new, like_before(memory, kept)
+
+
+def _projected(
+    params: Any, bound: list[Bound], step: jax.typing.ArrayLike, remembered: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The projected parameters, and what the constraints now remember."""
+    leaves, treedef = jax.tree.flatten(params)
     new, kept = [], {}
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         constraint = leaf_bound.at(step)
@@ -329,7 +314,7 @@ def constrain_bound(
             if constraint.remembers:
                 kept[key] = own
         new.append(leaf)
-    return treedef.unflatten(new), like_before(memory, kept)
+    return treedef.unflatten(new), kept
 
 
 def memory_in(state: Any) -> Any:
@@ -361,16 +346,16 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, ProjectState) or (isinstance(x, Mapping) and set(x) == fields)
 
 
-def recall_for(verb: str, state: Any, bound: list[Bound], leaves: list[Any]) -> dict[str, Any]:
+def recall_for(verb: str, state: Any, bound: list[Bound]) -> dict[str, Any]:
     """What an optimizer's state remembers, for a verb that cannot do without it.
 
     Raises:
         ValueError: If there is no state, and a constraint remembers weights at init.
     """
     if state is not None:
-        return recall(memory_in(state), bound, leaves)
+        return recall(memory_in(state), bound)
     for leaf_bound in bound:
-        if leaf_bound.constraint is not None and leaf_bound.constraint.remembers:
+        if leaf_bound.remembers:
             raise ValueError(
                 f"{verb}: {leaf_bound.constraint} on {leaf_bound.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
@@ -416,7 +401,7 @@ def violations(
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
     leaves = jax.tree.leaves(params)
-    remembered = recall_for("violations", state, bound, leaves)
+    remembered = recall_for("violations", state, bound)
     distances: dict[str, jax.Array] = {}
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         if (constraint := leaf_bound.at(step)) is not None:

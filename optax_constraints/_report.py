@@ -135,7 +135,7 @@ def report(
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
     leaves = jax.tree.leaves(params)
-    remembered = recall_for("report", state, bound, leaves)
+    remembered = recall_for("report", state, bound)
     return Report(
         tuple(
             _row(leaf_bound, jnp.asarray(leaf), step, remembered.get(key, ()))
@@ -188,7 +188,7 @@ def assert_feasible(
     """
     bound = Binder(rules, layout=layout, strict=strict)(params)
     leaves = jax.tree.leaves(params)
-    remembered = recall_for("assert_feasible", state, bound, leaves)
+    remembered = recall_for("assert_feasible", state, bound)
     constrained, outside = 0, []
     for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
         constraint = leaf_bound.at(step)

@@ -65,6 +65,24 @@ class Bound:
     path: str
     constraint: Constraint | None
     layout: LeafLayout | None = None
+    leaf: jax.ShapeDtypeStruct | None = None
+    """Shape and dtype of a leaf that is constrained."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the constraint does."""
+        return self.constraint is not None and self.constraint.remembers
+
+    def remember(self, leaf: Any) -> Any:
+        """What the constraint remembers of the leaf."""
+        constraint = cast(Constraint, self.at(0))
+        # A copy, lest the state and the parameters be one buffer, and both donated.
+        return jax.tree.map(jnp.array, constraint.remember(jnp.asarray(leaf)))
+
+    @functools.cached_property
+    def memory(self) -> Any:
+        """Structure, shapes and dtypes of what the constraint remembers."""
+        return jax.eval_shape(self.remember, self.leaf)
 
     def at(self, step: jax.typing.ArrayLike) -> Constraint | None:
         """The constraint with its schedules evaluated at a step."""
@@ -149,7 +167,8 @@ class Binder:
         for (path, leaf), rule in zip(leaves, winners, strict=True):
             layout = self._leaf_layout(path)
             constraint = rule and _settle(rule, path, leaf, layout, checked)
-            bound.append(Bound(path, constraint, layout))
+            abstract = jax.ShapeDtypeStruct(*known) if (known := _shape_and_dtype(leaf)) else None
+            bound.append(Bound(path, constraint, layout, abstract))
         return bound
 
     def _leaf_layout(self, path: str) -> LeafLayout | None:

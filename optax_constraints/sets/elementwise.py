@@ -1,6 +1,7 @@
 """Sets in which each entry is bounded by itself: exact in every dtype."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -152,13 +153,7 @@ class Box(_Elementwise):
         """Projects one array of any shape to which the bounds broadcast."""
         w = jnp.asarray(w)
         self.settle("", w.shape)
-        # Not jnp.clip, which makes +0 of -0, and whose derivative at a bound is a half.
-        lower, upper = self._bounds(w)
-        if lower is not None:
-            w = jnp.where(w < lower, lower, w)
-        if upper is not None:
-            w = jnp.where(w > upper, upper, w)
-        return w
+        return _clip(w, *self._bounds(w))
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The bounds in the dtype and with the number of axes of the weights."""
@@ -182,6 +177,16 @@ class Box(_Elementwise):
         lower, upper = self._bounds(w)
         none = jnp.zeros(w.shape, bool)
         return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
+
+
+@functools.partial(jax.jit, inline=True)
+def _clip(w: jax.Array, lower: jax.Array | None, upper: jax.Array | None) -> jax.Array:
+    """Not `jnp.clip`, which makes +0 of -0, and whose derivative at a bound is a half."""
+    if lower is not None:
+        w = jnp.where(w < lower, lower, w)
+    if upper is not None:
+        w = jnp.where(w > upper, upper, w)
+    return w
 
 
 def _is_concrete(bound: Any) -> bool:

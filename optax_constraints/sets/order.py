@@ -256,7 +256,7 @@ class TopK(UnitSet):
         """Projects one floating-point array; the entries that are kept are not rounded."""
         w = jnp.asarray(w)
         _, axes = self._widen(w)
-        return automatic(lambda w, k: _largest(w, k, axes), w, self._count(w, axes))
+        return automatic(lambda w, k: _largest_of_units(w, k, axes), w, self._count(w, axes))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units in which all of `k` is used."""
@@ -331,9 +331,7 @@ def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array
     return kept | jnp.isnan(w)
 
 
-# Compiled by itself, here and below, so that calls outside jit find their program again.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)
 def _largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The first `k` entries of each unit by magnitude, and zeros."""
     return jnp.where(_are_largest(w, k, axes), w, jnp.zeros((), w.dtype))
@@ -344,6 +342,10 @@ def _largest_jvp(axes, primals, tangents):
     y = _largest(*primals, axes)
     used = jnp.sum(y != 0, axis=axes, keepdims=True, dtype=jnp.int32)
     return y, _where_free(y, used < primals[1], tangents[0])
+
+
+# Compiled by itself, here and below, so that calls outside jit find their program again.
+_largest_of_units = jax.jit(_largest, static_argnums=2)
 
 
 def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
@@ -411,7 +413,7 @@ class NM(_LineSet):
         _, axes = self._widen(w)
         axis = self._check(None, w.shape, axes)
         n = value(self.n, jnp.dtype(jnp.int32))
-        return automatic(lambda w, n: _largest_in_groups(w, n, self.m, axis), w, n)
+        return automatic(lambda w, n: _largest_of_groups(w, n, self.m, axis), w, n)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The groups in which all of `n` is used."""
@@ -432,7 +434,6 @@ def _are_full(w: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-@functools.partial(jax.jit, static_argnums=(2, 3))
 def _largest_in_groups(w: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:
     """The first `n` entries of each group by magnitude, and zeros."""
     kept = (_rank_in_group(w, m, axis) < n) | jnp.isnan(w)
@@ -444,6 +445,9 @@ def _largest_in_groups_jvp(m, axis, primals, tangents):
     y = _largest_in_groups(*primals, m, axis)
     room = jnp.repeat(~_are_full(y, primals[1], m, axis), m, axis=axis)
     return y, _where_free(y, room, tangents[0])
+
+
+_largest_of_groups = jax.jit(_largest_in_groups, static_argnums=(2, 3))
 
 
 def _rank_in_group(w: jax.Array, m: int, axis: int) -> jax.Array:
