@@ -24,7 +24,13 @@ PRIVATE = (
     # JAX.
     Private(
         "jax.core.Tracer",
-        ("_constraint.py", "flax/_static.py", "sets/elementwise.py", "sets/simplex.py"),
+        (
+            "_constraint.py",
+            "_project.py",
+            "flax/_static.py",
+            "sets/elementwise.py",
+            "sets/simplex.py",
+        ),
         "Values that JAX is tracing are instances of it, and arrays are not.",
     ),
     Private(
@@ -38,6 +44,13 @@ PRIVATE = (
         ("_sharding.py",),
         "Since JAX 0.7: runs a function without the Explicit axes that are named, and shards the "
         "result as asked. It is looked up, so if it moves, Explicit meshes fail later.",
+    ),
+    Private(
+        "jax.core.ShapedArray.manual_axis_type",
+        ("_sharding.py",),
+        "Inside jax.shard_map the type of an array says over which axes it varies, as "
+        "`manual_axis_type.varying`, before JAX 0.10 as `vma`; lax.pcast, before it lax.pvary, "
+        "makes it vary over more.",
     ),
     # Optax.
     Private(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.dtypes import canonicalize_dtype
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from optax_constraints._axes import Layout, LeafLayout
@@ -340,8 +339,8 @@ def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     """Shape and dtype of an array, an abstract array or a Python number; else None."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         # As a JAX array: without x64, NumPy's float64 is float32.
-        known = isinstance(leaf.dtype, np.dtype)
-        return tuple(leaf.shape), canonicalize_dtype(leaf.dtype) if known else leaf.dtype
+        dtype = jnp.result_type(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf.dtype
+        return tuple(leaf.shape), dtype
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.result_type(leaf)
     return None

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 import optax_constraints as oc
+from optax_constraints import _sharding
 from optax_constraints._private import PRIVATE, Private, called_from_optax
 
 PACKAGE = Path(oc.__file__).parent
@@ -274,6 +275,24 @@ def _() -> None:
     assert nowhere.mesh.axis_names == ()
     # An array that is on no mesh: nothing to go through.
     assert tuple(nowhere.mesh.axis_types or ()) == ()
+
+
+@keeps("jax.core.ShapedArray.manual_axis_type")
+def _() -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+    def check(w):
+        zeros = jnp.zeros(w.shape)
+        assert _sharding._varying(w) == {"x"}
+        assert _sharding._varying(zeros) == set()
+        assert _sharding._varying(_sharding.vary_like(zeros, w)) == {"x"}
+        return w
+
+    split = PartitionSpec("x")
+    shard_map = getattr(jax, "shard_map", None)
+    if shard_map is not None:
+        jax.eval_shape(shard_map(check, mesh=mesh, in_specs=split, out_specs=split), jnp.ones(2))
+    assert _sharding._varying(jnp.ones(2)) == set()
 
 
 @keeps("jax.sharding.auto_axes")
