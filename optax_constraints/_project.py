@@ -14,7 +14,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
 from optax_constraints._private import called_from_optax
-from optax_constraints._rules import Binder, Bound, Rules, keyed
+from optax_constraints._rules import Binder, Bound, Rules, keyed, without_boxes
 from optax_constraints._text import shown
 
 
@@ -189,7 +189,7 @@ def recall(memory: Any, bound: list[Bound]) -> dict[str, Any]:
         ValueError: If it is not the memory of these constraints and leaves.
     """
     want = {key: own.memory for key, own in keyed(bound) if own.remembers}
-    have = dict(memory) if isinstance(memory, Mapping) else {}
+    have = without_boxes(dict(memory)) if isinstance(memory, Mapping) else {}
     for path in sorted({*have, *want}):
         if path not in want:
             raise ValueError(
@@ -274,7 +274,8 @@ def constrain(
         strict: As for `project`.
 
     Returns:
-        The tree with each constrained leaf inside its set, to the bit.
+        The tree with each constrained leaf inside its set: as `project` goes through a
+        difference and this does not, without the rounding of that.
 
     Raises:
         TypeError: If a rule names a leaf that is not floating-point.
@@ -319,15 +320,15 @@ def _projected(
 
 def memory_in(state: Any) -> Any:
     """What constraints remember, out of an optimizer's state."""
-    states = jax.tree.leaves(state, is_leaf=_is_state)
-    states = [dict(s) if isinstance(s, Mapping) else s._asdict() for s in states if _is_state(s)]
+    states = [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
     if not states:
         raise ValueError(
             f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
             "tx.update returned, where project is in tx."
         )
     memory: dict[str, Any] = {}
-    found = {id(s["memory"]): s["memory"] for s in states}
+    memories = [s["memory"] if isinstance(s, Mapping) else s.memory for s in states]
+    found = {id(memory): memory for memory in memories}
     for own in (own for own in found.values() if isinstance(own, Mapping)):
         twice = sorted({*memory} & {*own})
         if twice:
@@ -341,9 +342,13 @@ def memory_in(state: Any) -> Any:
 
 
 def _is_state(x: Any) -> bool:
-    """Whether something is a state of `project`, also one restored without its type."""
-    fields = set(ProjectState._fields)
-    return isinstance(x, ProjectState) or (isinstance(x, Mapping) and set(x) == fields)
+    """Whether something has the memory of constraints, like a state of `project`.
+
+    That may be restored without its type; train states and optimizers say it of themselves.
+    """
+    if isinstance(x, Mapping):
+        return set(x) == set(ProjectState._fields)
+    return isinstance(x, ProjectState) or getattr(type(x), "has_memory_of_constraints", False)
 
 
 def recall_for(verb: str, state: Any, bound: list[Bound]) -> dict[str, Any]:

@@ -306,6 +306,13 @@ def _is_box_type(cls: type) -> bool:
     )
 
 
+def without_boxes(tree: Any) -> Any:
+    """A tree with arrays in the place of Flax's variables and boxes."""
+    return jax.tree.map(
+        lambda node: jax.tree.leaves(node)[0] if _is_box(node) else node, tree, is_leaf=_is_box
+    )
+
+
 def path_of(keys: Sequence[Any]) -> str:
     """Keys of a leaf joined by "/", without those that boxes add at the end."""
     while len(keys) > 1 and keys[-1] is _BOXED:

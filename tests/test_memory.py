@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from cases import bits, float64, norms
+from flax import nnx
 
 import optax_constraints as oc
 from optax_constraints import flax as ocf
@@ -411,6 +412,25 @@ def test_containers_without_anything_in_them_may_be_lost():
     restored = flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
     want, _ = _step_and_violations(tx, rules, state)
     assert _step_and_violations(tx, rules, restored)[0] == want
+
+
+def test_states_of_flax_have_the_memory():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    rules = {"kernel": oc.max_norm("2x init")}
+    tx = optax.chain(optax.adam(1.0), oc.project(rules))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    own = ocf.nnx.Optimizer(model, optax.adam(1.0), rules=rules)
+    params = {"kernel": 10 * model.kernel[...], "bias": model.bias[...]}
+    state = ocf.linen.TrainState.create(
+        apply_fn=print,
+        params={**params, "kernel": model.kernel[...]},
+        tx=optax.sgd(1.0),
+        rules=rules,
+    )
+    want = 8 * norms(float64(first["kernel"]), 0)
+    for known in (optimizer.opt_state, own, state, {"model": state}):
+        found = oc.violations(params, rules, state=known)
+        np.testing.assert_allclose(found["kernel"], np.linalg.norm(want), rtol=1e-5)
 
 
 def test_one_state_seen_twice_is_one():

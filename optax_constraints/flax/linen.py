@@ -590,6 +590,7 @@ class TrainState(train_state.TrainState):
                [0.]], dtype=float32)
     """
 
+    has_memory_of_constraints = True
     rules: Any = struct.field(pytree_node=False, kw_only=True)
     """As for `project`, in a box that hashes, and is equal to that of equal rules."""
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)

@@ -528,6 +528,8 @@ class Optimizer(nnx.Optimizer):
         Array([0., 0.], dtype=float32)
     """
 
+    has_memory_of_constraints = True
+
     def __init__(
         self,
         model: Any,
