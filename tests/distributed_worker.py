@@ -390,10 +390,10 @@ def explicit_axes(checks: Checks) -> None:
         for name in ("large grid", "stacked norms"):
             for constraint in (sets[name], flat):
                 w = put(weights[name], mesh, places[name])
-                checks.close("explicit axes", "by hand", constraint(w), constraint(weights[name]))
+                checks.close("explicit axes", "others", constraint(w), constraint(weights[name]))
                 _, dw = jax.jvp(constraint, (w,), (w,))
                 _, want = jax.jvp(constraint, (weights[name],), (weights[name],))
-                checks.close("explicit axes", "by hand", dw, want)
+                checks.close("explicit axes", "others", dw, want)
 
 
 def every_set(checks: Checks) -> None:

@@ -420,13 +420,9 @@ def test_states_of_flax_have_the_memory():
     tx = optax.chain(optax.adam(1.0), oc.project(rules))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     own = ocf.nnx.Optimizer(model, optax.adam(1.0), rules=rules)
-    params = {"kernel": 10 * model.kernel[...], "bias": model.bias[...]}
-    state = ocf.linen.TrainState.create(
-        apply_fn=print,
-        params={**params, "kernel": model.kernel[...]},
-        tx=optax.sgd(1.0),
-        rules=rules,
-    )
+    first = {"kernel": jnp.asarray(model.kernel[...])}
+    params = {"kernel": 10 * first["kernel"]}
+    state = ocf.linen.TrainState.create(apply_fn=print, params=first, tx=optax.sgd(1), rules=rules)
     want = 8 * norms(float64(first["kernel"]), 0)
     for known in (optimizer.opt_state, own, state, {"model": state}):
         found = oc.violations(params, rules, state=known)

@@ -653,6 +653,11 @@ class _Rounds(NamedTuple):
     dual: jax.Array
     """The dual objective of each unit, which a round without momentum never lowers."""
     changed: jax.Array
+    number: jax.Array
+
+
+# How many rounds go without momentum, which would only disturb where few are enough.
+_PLAIN_ROUNDS = 10
 
 
 def _dykstra(
@@ -662,6 +667,9 @@ def _dykstra(
     constraints = intersection.constraints
     tolerance = _numerics.eps(w.dtype) / 2
     axes = _axes_of_units(constraints, w.shape)
+    largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
+    # The dual objective is one of squares.
+    unit = 1 / jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
 
     def round_(last: _Rounds) -> _Rounds:
         pace = (1 + jnp.sqrt(1 + 4 * jnp.square(last.pace))) / 2
@@ -678,25 +686,23 @@ def _dykstra(
             limit = tolerance * size
             changed |= jnp.any(jnp.abs((y - x) - before) > limit)
             taken.append(y - x)
-            dual -= jnp.sum((y - x) * x, axis=axes, keepdims=True)
-        total = sum(taken)
-        dual += jnp.sum((w - total / 2) * total, axis=axes, keepdims=True)
-        # Also where it is NaN: such weights go without momentum.
-        pace = jnp.where(dual >= last.dual, pace, 1)
-        return _Rounds(x, tuple(taken), last.taken, pace, dual, changed)
+            dual -= jnp.sum(((y - x) * unit) * (x * unit), axis=axes, keepdims=True)
+        total = sum(taken) * unit
+        dual += jnp.sum((w * unit - total / 2) * total, axis=axes, keepdims=True)
+        # Where it is NaN, too, there is no momentum.
+        rises = (dual >= last.dual) & (last.number >= _PLAIN_ROUNDS)
+        pace = jnp.where(rises, pace, 1)
+        return _Rounds(x, tuple(taken), last.taken, pace, dual, changed, last.number + 1)
 
     none = (jnp.zeros_like(w),) * len(constraints)
     zero = jnp.sum(none[0], axis=axes, keepdims=True)
     lowest = zero - jnp.finfo(w.dtype).max
-    start = _Rounds(w, none, none, zero + 1, lowest, jnp.any(w == w))
+    first = jnp.zeros((), jnp.int32)
+    start = _Rounds(w, none, none, zero + 1, lowest, jnp.any(w == w), first)
     most = intersection.iterations
     if all_rounds:  # with a reverse mode
         return jax.lax.scan(lambda last, _: (round_(last), None), start, length=most)[0].x
-    return jax.lax.while_loop(
-        lambda state: (state[0] < most) & state[1].changed,
-        lambda state: (state[0] + 1, round_(state[1])),
-        (jnp.zeros((), jnp.int32), start),
-    )[1].x
+    return jax.lax.while_loop(lambda last: (last.number < most) & last.changed, round_, start).x
 
 
 def _axes_of_units(constraints: tuple[Constraint, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

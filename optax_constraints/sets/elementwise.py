@@ -1,7 +1,6 @@
 """Sets in which each entry is bounded by itself: exact in every dtype."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from optax_constraints import _numerics
@@ -59,6 +59,35 @@ def _beside(array: jax.Array, w: jax.Array) -> jax.Array:
     return array.reshape((1,) * (w.ndim - array.ndim) + array.shape)
 
 
+@jax.custom_jvp
+def _clip(w: jax.Array, lower: jax.Array | None, upper: jax.Array | None) -> jax.Array:
+    """The nearest weights between two bounds; a zero keeps its sign."""
+    clipped = w if lower is None else jnp.maximum(w, lower)
+    clipped = clipped if upper is None else jnp.minimum(clipped, upper)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return clipped
+    # By its bits: compared with zero, the CPU would take subnormal numbers for zeros.
+    bits = jnp.dtype(f"uint{8 * w.dtype.itemsize}")
+    sign = jnp.asarray(1 << (8 * w.dtype.itemsize - 1), bits)
+    negative_zero = lax.bitcast_convert_type(w, bits) == sign
+    return jnp.where(negative_zero & (clipped == 0), w, clipped)
+
+
+@_clip.defjvp
+def _clip_jvp(primals: Any, tangents: Any) -> Any:
+    """Not that of `jnp.clip`, which is a half at a bound, but that of the inside."""
+    (w, lower, upper), (dy, dlower, dupper) = primals, tangents
+    if lower is not None:
+        dy = jnp.where(w < lower, dlower, dy)
+    if upper is not None:
+        dy = jnp.where(w > upper, dupper, dy)
+    return _clip(w, lower, upper), dy
+
+
+# Compiled by itself, for calls outside jit.
+_clipped = jax.jit(_clip, inline=True)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class NonNeg(_Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
@@ -78,8 +107,7 @@ class NonNeg(_Elementwise):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape."""
         w = jnp.asarray(w)
-        zero = jnp.zeros((), w.dtype)
-        return jnp.where(w < zero, zero, w)
+        return _clipped(w, jnp.zeros((), w.dtype), None)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -153,7 +181,7 @@ class Box(_Elementwise):
         """Projects one array of any shape to which the bounds broadcast."""
         w = jnp.asarray(w)
         self.settle("", w.shape)
-        return _clip(w, *self._bounds(w))
+        return _clipped(w, *self._bounds(w))
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The bounds in the dtype and with the number of axes of the weights."""
@@ -177,16 +205,6 @@ class Box(_Elementwise):
         lower, upper = self._bounds(w)
         none = jnp.zeros(w.shape, bool)
         return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
-
-
-@functools.partial(jax.jit, inline=True)
-def _clip(w: jax.Array, lower: jax.Array | None, upper: jax.Array | None) -> jax.Array:
-    """Not `jnp.clip`, which makes +0 of -0, and whose derivative at a bound is a half."""
-    if lower is not None:
-        w = jnp.where(w < lower, lower, w)
-    if upper is not None:
-        w = jnp.where(w > upper, upper, w)
-    return w
 
 
 def _is_concrete(bound: Any) -> bool:
@@ -271,7 +289,7 @@ class Mask(_Elementwise):
 
 def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
     """Zeros, except that a NaN stays, and so does a zero of either sign: but its derivative."""
-    kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), jax.lax.stop_gradient(w))
+    kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), lax.stop_gradient(w))
     return automatic(lambda w, zero, kept: jnp.where(zero, kept, w), w, zero, kept)
 
 
