@@ -485,7 +485,7 @@ def test_wrappers_with_a_condition_take_other_dtypes(wrap, jitted, constraint):
     # By itself the chain returns what the weights can take.
     grads = jnp.ones(7, jnp.bfloat16)
     alone = optax.chain(optax.sgd(0.5), oc.project(constraint))
-    assert alone.update(grads, alone.init(p), p)[0].dtype == jnp.float32
+    assert alone.update(grads, alone.init(p), p)[0].dtype == p.dtype
 
 
 @pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])

@@ -261,7 +261,8 @@ class TopK(UnitSet):
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units in which all of `k` is used."""
         _, axes = self._widen(w)
-        return jnp.sum(w != 0, axis=axes, keepdims=True) >= self._count(w, axes)
+        used = jnp.sum(w != 0, axis=axes, keepdims=True, dtype=jnp.int32)
+        return used >= self._count(w, axes)
 
     def _count(self, w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         if callable(self.k) or _is_integer(self.k):
