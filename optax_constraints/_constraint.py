@@ -129,6 +129,10 @@ class Constraint:
         """
         return self(w), memory
 
+    def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """`advance` for `update`: in a difference the sign of a zero does not matter."""
+        return self.advance(w, memory)
+
     def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
         """The part of a vector that is tangent to a smooth set.
 
@@ -226,7 +230,7 @@ class Constraint:
         weights = params.dtype
         dtype = jnp.promote_types(params.dtype, updates.dtype)
         params, updates = params.astype(dtype), updates.astype(dtype)
-        target, memory = self.advance((params + updates).astype(weights), memory)
+        target, memory = self.aim((params + updates).astype(weights), memory)
         delta = target.astype(dtype) - params
         return self.keep_inside(params.astype(weights), delta), memory, after
 
@@ -248,7 +252,7 @@ class Constraint:
         dtype = jnp.promote_types(params.dtype, delta.dtype)
         reached = (params.astype(dtype) + delta.astype(dtype)).astype(params.dtype)
         reached = jax.lax.stop_gradient(reached)
-        return _nudged(delta, reached, self(reached))
+        return _nudged(delta, reached, self.aim(reached, ())[0])
 
     def __eq__(self, other: object) -> bool:
         """Whether `other` is the same set with the same hyperparameters."""

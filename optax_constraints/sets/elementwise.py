@@ -1,6 +1,7 @@
 """Sets in which each entry is bounded by itself: exact in every dtype."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -59,12 +60,14 @@ def _beside(array: jax.Array, w: jax.Array) -> jax.Array:
     return array.reshape((1,) * (w.ndim - array.ndim) + array.shape)
 
 
-@jax.custom_jvp
-def _clip(w: jax.Array, lower: jax.Array | None, upper: jax.Array | None) -> jax.Array:
-    """The nearest weights between two bounds; a zero keeps its sign."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _clip(
+    w: jax.Array, lower: jax.Array | None, upper: jax.Array | None, signed: bool = True
+) -> jax.Array:
+    """The nearest weights between two bounds; if `signed`, a zero keeps its sign."""
     clipped = w if lower is None else jnp.maximum(w, lower)
     clipped = clipped if upper is None else jnp.minimum(clipped, upper)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    if not signed or not jnp.issubdtype(w.dtype, jnp.floating):
         return clipped
     # By its bits: compared with zero, the CPU would take subnormal numbers for zeros.
     bits = jnp.dtype(f"uint{8 * w.dtype.itemsize}")
@@ -74,18 +77,18 @@ def _clip(w: jax.Array, lower: jax.Array | None, upper: jax.Array | None) -> jax
 
 
 @_clip.defjvp
-def _clip_jvp(primals: Any, tangents: Any) -> Any:
+def _clip_jvp(signed: bool, primals: Any, tangents: Any) -> Any:
     """Not that of `jnp.clip`, which is a half at a bound, but that of the inside."""
     (w, lower, upper), (dy, dlower, dupper) = primals, tangents
     if lower is not None:
         dy = jnp.where(w < lower, dlower, dy)
     if upper is not None:
         dy = jnp.where(w > upper, dupper, dy)
-    return _clip(w, lower, upper), dy
+    return _clip(w, lower, upper, signed), dy
 
 
 # Compiled by itself, for calls outside jit.
-_clipped = jax.jit(_clip, inline=True)
+_clipped = jax.jit(_clip, static_argnums=3, inline=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +111,10 @@ class NonNeg(_Elementwise):
         """Projects one array of any shape."""
         w = jnp.asarray(w)
         return _clipped(w, jnp.zeros((), w.dtype), None)
+
+    def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """What an update leads to."""
+        return _clipped(w, jnp.zeros((), w.dtype), None, False), memory
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -182,6 +189,10 @@ class Box(_Elementwise):
         w = jnp.asarray(w)
         self.settle("", w.shape)
         return _clipped(w, *self._bounds(w))
+
+    def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        """What an update leads to."""
+        return _clipped(w, *self._bounds(w), False), memory
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The bounds in the dtype and with the number of axes of the weights."""
