@@ -129,6 +129,10 @@ def test_strict_modes_are_seen_inside_programs_that_were_traced_before(mode):
         jax.eval_shape(mixed, w)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 7),
+    reason="before JAX 0.7 zeros like a varying array do not vary, and loops cannot start from them",
+)
 @each_case
 def test_shard_map(case: Case):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
