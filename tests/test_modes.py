@@ -131,7 +131,7 @@ def test_strict_modes_are_seen_inside_programs_that_were_traced_before(mode):
 
 @pytest.mark.skipif(
     tuple(map(int, jax.__version__.split(".")[:2])) < (0, 7),
-    reason="before JAX 0.7 zeros like a varying array do not vary, and loops cannot start from them",
+    reason="before JAX 0.7 zeros like an array that varies do not, and loops cannot start there",
 )
 @each_case
 def test_shard_map(case: Case):
