@@ -8,7 +8,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 # What depends on the dtype runs in float64, too.
 FLOAT64 := $(addprefix tests/test_,$(addsuffix .py,numerics simplex order matrix spectral \
-	elementwise combinators tangent known_answers project memory properties))
+	elementwise combinators tangent known_answers project memory properties pytrees modes))
 
 .PHONY: demo test test-floor bench mutants lint clean
 
