@@ -133,7 +133,7 @@ class Constraint:
         """`advance` for `update`: in a difference the sign of a zero does not matter."""
         return self.advance(w, memory)
 
-    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
         """The part of a vector that is tangent to a smooth set.
 
         Args:
@@ -143,6 +143,7 @@ class Constraint:
         Returns:
             The tangent part, in the dtype of `v`.
         """
+        w, v = jnp.asarray(w), jnp.asarray(v)
         dtype = compute_dtype(w.dtype, v.dtype)
         return jax.jvp(self, (w.astype(dtype),), (v.astype(dtype),))[1].astype(v.dtype)
 

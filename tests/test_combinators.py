@@ -235,6 +235,10 @@ def test_the_derivative_of_planes_is_that_of_the_projection(constraint, offsets)
 def test_the_tangent_of_planes():
     w, v = jnp.array([1.0, -2.0, 1.0]), jnp.array([1.0, 0.0, 0.0])
     np.testing.assert_allclose(PLANES.tangent(w, v), ONTO_LINE @ v, atol=2e-5)
+    # What jnp.asarray takes will do.
+    np.testing.assert_allclose(
+        PLANES.tangent([1.0, -2.0, 1.0], [1.0, 0.0, 0.0]), ONTO_LINE @ v, atol=2e-5
+    )
     tx = oc.tangent(PLANES)
     part, _ = tx.update(v, tx.init(w), w)
     np.testing.assert_allclose(part, ONTO_LINE @ v, atol=2e-5)

@@ -138,8 +138,9 @@ class Stacked(_Around):
 
         return automatic(advance, w, self, memory, like=(w, memory))
 
-    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
         """The tangent part of each slice."""
+        w, v = jnp.asarray(w), jnp.asarray(v)
         function = self.constraint.tangent
         for axis in settle_axis("Stacked", self.axis, w.shape):
             function = jax.vmap(function, axis, axis)
@@ -316,8 +317,9 @@ class Part(_Around):
         part, memory = self.constraint.advance(self._of(w), memory)
         return self._with(w, part), memory
 
-    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
         """The tangent part of the part; the rest is free."""
+        w, v = jnp.asarray(w), jnp.asarray(v)
         return self._with(v, self.constraint.tangent(self._of(w), self._of(v)))
 
     def _index(self, path: str, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -314,7 +314,7 @@ class DoublyStochastic(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _nearest_doubly_stochastic(a) if a.size else a
 
-    def tangent(self, w: jax.Array, v: jax.Array) -> jax.Array:
+    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
         """The part of a vector along the matrices whose rows and columns sum to 1.
 
         It is that along the set where all entries are positive.
@@ -327,6 +327,7 @@ class DoublyStochastic(MatrixSet):
             The vector with the means of its rows and columns taken out.
         """
         del w
+        v = jnp.asarray(v)
         a, restore = self._matrices(v)
         a = a - jnp.mean(a, axis=-1, keepdims=True)
         return restore(a - jnp.mean(a, axis=-2, keepdims=True)).astype(v.dtype)
