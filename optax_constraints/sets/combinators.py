@@ -562,7 +562,7 @@ class Intersection(_Several):
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> both = oc.intersection(oc.center_around(1.0), oc.non_neg())
-        >>> both(jnp.array([3.0, 2.0, -3.0]))
+        >>> both(jnp.array([3.0, 2.0, -3.0])).round(4)
         Array([2., 1., 0.], dtype=float32)
     """
 
