@@ -17,6 +17,9 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 def run(*arguments: tuple[object, ...], timeout: float) -> list[dict]:
     """What a worker for each of some arguments reports; all of them end."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    # JAX 0.6 starts programs from a cache so quickly that devices with few cores between them can
+    # wait for one another for ever.
+    env["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     workers = [
         subprocess.Popen(
