@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -111,3 +112,22 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
         The norms, in the dtype of `x`.
     """
     return _differentiable_norm(x, axis)
+
+
+def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
+    """`x` to the bit, but on the CPU it is not known until the array `before` is.
+
+    XLA's CPU backend drops optimization barriers. Where nothing orders them, it takes the sums
+    over many leaves first, and keeps what it has summed of all of them at once.
+    """
+    if before is None or not before.size or not isinstance(x, Tracer):
+        return x
+
+    def one(number: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
+        # There are at most 64 of them. XLA does not know that, and so not that this is always 1.
+        return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
+
+    number = jnp.max(lax.stop_gradient(before))
+    ones = lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
+    return x * ones.astype(x.dtype)

@@ -25,7 +25,10 @@ PRIVATE = (
     Private(
         "jax.core.Tracer",
         (
+            "_config.py",
             "_constraint.py",
+            "_numbers.py",
+            "_numerics.py",
             "_project.py",
             "flax/_static.py",
             "sets/elementwise.py",
@@ -62,7 +65,7 @@ PRIVATE = (
     # Flax, both frameworks.
     Private(
         "flax.nnx.VariableState",
-        ("_rules.py",),
+        ("_trees.py",),
         "Variables of NNX and boxes of Linen, subclasses of Flax's Variable and AxisMetadata, are "
         "pytrees with the array at the key GetAttrKey('value').",
     ),

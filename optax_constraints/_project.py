@@ -1,20 +1,21 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
+from optax_constraints._numerics import in_turn
+from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
-from optax_constraints._rules import Binder, Bound, Rules, keyed, without_boxes
+from optax_constraints._rules import Binder, Visit, like_before
 from optax_constraints._text import shown
 
 
@@ -77,7 +78,7 @@ def project(
     bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
-        return ProjectState(jnp.zeros((), jnp.int32), remember(params, bind))
+        return ProjectState(jnp.zeros((), jnp.int32), bind.start(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -87,54 +88,44 @@ def project(
             raise ValueError("project needs the parameters; write tx.update(grads, state, params).")
         if isinstance(state, Mapping):  # restored without its type
             state = ProjectState(**state)
-        leaves, treedef = jax.tree.flatten(params)
-        given = treedef.flatten_up_to(updates)
         bound = bind(params)
-        remembered = recall(state.memory, bound)
         # Their other branch has updates as they came in, and both must have one dtype.
         keep_dtype = called_from_optax(*_CONDITIONS)
 
-        def projected(given: list[Any], memory: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-            new, kept, before = [], {}, None
-            for (key, leaf_bound), p, u in zip(keyed(bound), leaves, given, strict=True):
-                constraint = leaf_bound.at(state.updates_seen)
-                if constraint is not None:
-                    own = memory[key] if constraint.remembers else ()
-                    if not is_absent(u):
-                        p, u = jnp.asarray(p), jnp.asarray(u)
-                        moved, own, before = constraint.update(p, u, own, before)
-                        if keep_dtype and moved.dtype != u.dtype:
-                            moved = constraint.keep_inside(p, moved.astype(u.dtype))
-                        u = moved
-                    if constraint.remembers:
-                        kept[key] = own
-                new.append(u)
-            return new, kept
+        def projected(updates: Any, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            before = None
 
-        def passed(given: list[Any], memory: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+            def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
+                nonlocal before
+                u = in_turn(u, before) if constraint.unitwise else u
+                prepared = constraint.prepare(p, u, own)
+                before = before if prepared is None else prepared
+                moved, own = constraint.update(p, u, own, prepared)
+                if keep_dtype and moved.dtype != u.dtype:
+                    moved = constraint.keep_inside(p, moved.astype(u.dtype))
+                return moved, own
+
+            return bound.map(move, params, memory, state.updates_seen, updates)
+
+        def passed(updates: Any, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             # In the dtypes that a projection would give.
-            like, _ = jax.eval_shape(projected, given, memory)
-            return jax.tree.map(lambda u, t: u.astype(t.dtype), given, like), memory
+            like, _ = jax.eval_shape(projected, updates, memory)
+            return jax.tree.map(lambda u, t: u.astype(t.dtype), updates, like), memory
 
         due = True if every == 1 else (state.updates_seen + 1) % every == 0
+        remembered = bound.recall(state.memory)
         if isinstance(due, Tracer):
-            new, kept = jax.lax.cond(due, projected, passed, given, remembered)
+            new, kept = jax.lax.cond(due, projected, passed, updates, remembered)
         else:  # a condition would be compiled in each step
-            new, kept = (projected if due else passed)(given, remembered)
+            new, kept = (projected if due else passed)(updates, remembered)
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
-        memory = like_before(state.memory, kept)
-        return treedef.unflatten(new), state._replace(updates_seen=seen, memory=memory)
+        return new, state._replace(updates_seen=seen, memory=like_before(state.memory, kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 # Of Optax, what chooses between the updates of a transformation and others.
 _CONDITIONS = ("apply_if_finite", "conditionally_mask", "conditionally_transform")
-
-
-def is_absent(update: Any) -> bool:
-    """Whether a leaf gets no update: a frozen one, or one that `optax.masked` took out."""
-    return update is None or isinstance(update, optax.MaskedNode)
 
 
 def _check_every(every: int) -> int:
@@ -147,110 +138,6 @@ def _check_every(every: int) -> int:
     if every < 1:
         raise ValueError(f"every={every} is not allowed; write 1 to project on every step.")
     return every
-
-
-def remember(params: Any, bind: Binder) -> Any:
-    """Checks that rules fit a tree, and starts the memory of the constraints that need one."""
-    bound, leaves = bind(params), jax.tree.leaves(params)
-    if not bind.remembers:
-        return ()
-    if not leaves:
-        # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
-        # this place stands for any memory.
-        return jnp.zeros(())
-    pairs = zip(keyed(bound), leaves, strict=True)
-    rememberers = {key: (own, leaf) for (key, own), leaf in pairs if own.remembers}
-    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in rememberers.values()):
-        return {key: own.remember(leaf) for key, (own, leaf) in rememberers.items()}
-    # As Adam does, arrays of the right shapes. What should be put in their place and is not,
-    # must not pass for norms.
-    return jax.tree.map(_unset, {key: own.memory for key, (own, _) in rememberers.items()})
-
-
-def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
-    value = np.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
-    return jnp.asarray(np.full(like.shape, value, like.dtype))
-
-
-def recall(memory: Any, bound: list[Bound]) -> dict[str, Any]:
-    """What a state remembers, as the constraints left it.
-
-    A state that was saved may come back with NumPy arrays, lists in place of tuples and other
-    mappings; what belongs together has the same key.
-
-    Args:
-        memory: The memory of a state.
-        bound: The rules, bound to the leaves.
-
-    Returns:
-        By key, what each constraint remembers, as JAX arrays.
-
-    Raises:
-        ValueError: If it is not the memory of these constraints and leaves.
-    """
-    want = {key: own.memory for key, own in keyed(bound) if own.remembers}
-    have = without_boxes(dict(memory)) if isinstance(memory, Mapping) else {}
-    for path in sorted({*have, *want}):
-        if path not in want:
-            raise ValueError(
-                f"The state remembers {path!r}, and no constraint of these rules does: it is the "
-                "state of other rules or other parameters. Start with tx.init(params)."
-            )
-        if path not in have:
-            raise ValueError(
-                f"The state remembers nothing of {path!r}, which its constraint needs: it is the "
-                "state of other rules or other parameters. Start with tx.init(params)."
-            )
-        try:
-            have[path] = _rearranged(have[path], want[path])
-            fits = jax.tree.map(_shape_and_dtype, have[path]) == jax.tree.map(
-                _shape_and_dtype, want[path]
-            )
-        except _OtherStructureError:
-            fits = False
-        if not fits:
-            old, new = (jax.tree.map(_shape_and_dtype, tree[path]) for tree in (have, want))
-            raise ValueError(
-                f"The state remembers {shown(old)} (shape, dtype) of {path!r}, and its "
-                f"constraint needs {shown(new)}: it is the state of other rules or other "
-                "parameters. Start with tx.init(params)."
-            )
-    return jax.tree.map(jnp.asarray, have)
-
-
-def like_before(memory: Any, kept: dict[str, Any]) -> Any:
-    """A new memory in the containers of the old one."""
-    return _rearranged(kept, memory) if kept else memory
-
-
-def _shape_and_dtype(x: Any) -> Any:
-    return jnp.shape(x), jnp.result_type(x)
-
-
-class _OtherStructureError(Exception):
-    pass
-
-
-def _rearranged(tree: Any, like: Any) -> Any:
-    """The leaves of one tree in the containers of another, paired by key or by number."""
-    if not jax.tree.leaves(like) and not jax.tree.leaves(tree):
-        return like  # of nothing, containers may be lost
-    own, other = (_children(t) for t in (tree, like))
-    if own is None or other is None:
-        if own is other:
-            return tree
-        raise _OtherStructureError
-    if set(own[0]) != set(other[0]):
-        raise _OtherStructureError
-    return other[1].unflatten([_rearranged(own[0][key], child) for key, child in other[0].items()])
-
-
-def _children(tree: Any) -> tuple[dict[Any, Any], Any] | None:
-    """What stands below the root of a tree, by key or number, and the root; None for a leaf."""
-    found, root = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    if jax.tree_util.treedef_is_leaf(root):
-        return None
-    return {jax.tree_util.keystr(keys, simple=True): child for keys, child in found}, root
 
 
 def constrain(
@@ -288,9 +175,8 @@ def constrain(
         {'bias': Array([0., 2.], dtype=float32)}
     """
     bind = Binder(rules, layout=layout, strict=strict)
-    if state is None:
-        return _projected(params, bind(params), step, remember(params, bind) or {})[0]
-    return constrain_bound(params, bind, step, memory_in(state))[0]
+    memory = bind.start(params) if state is None else memory_in(state)
+    return constrain_bound(params, bind, step, memory)[0]
 
 
 def constrain_bound(
@@ -298,24 +184,10 @@ def constrain_bound(
 ) -> tuple[Any, Any]:
     """`constrain` with rules that may remember this tree, and with what constraints remember."""
     bound = bind(params)
-    new, kept = _projected(params, bound, step, recall(memory, bound))
+    new, kept = bound.map(
+        lambda constraint, w, own: constraint.advance(w, own), params, bound.recall(memory), step
+    )
     return new, like_before(memory, kept)
-
-
-def _projected(
-    params: Any, bound: list[Bound], step: jax.typing.ArrayLike, remembered: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The projected parameters, and what the constraints now remember."""
-    leaves, treedef = jax.tree.flatten(params)
-    new, kept = [], {}
-    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
-        constraint = leaf_bound.at(step)
-        if constraint is not None:
-            leaf, own = constraint.advance(jnp.asarray(leaf), remembered.get(key, ()))
-            if constraint.remembers:
-                kept[key] = own
-        new.append(leaf)
-    return treedef.unflatten(new), kept
 
 
 def memory_in(state: Any) -> Any:
@@ -351,23 +223,32 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, ProjectState) or getattr(type(x), "has_memory_of_constraints", False)
 
 
-def recall_for(verb: str, state: Any, bound: list[Bound]) -> dict[str, Any]:
-    """What an optimizer's state remembers, for a verb that cannot do without it.
+def visits(
+    verb: str,
+    params: Any,
+    rules: Rules,
+    *,
+    step: jax.typing.ArrayLike,
+    state: Any,
+    layout: Layout | None,
+    strict: bool,
+) -> Iterator[Visit]:
+    """Each leaf with its constraint at one step, for a verb that changes nothing.
 
     Raises:
         ValueError: If there is no state, and a constraint remembers weights at init.
     """
-    if state is not None:
-        return recall(memory_in(state), bound)
-    for leaf_bound in bound:
-        if leaf_bound.remembers:
+    bound = Binder(rules, layout=layout, strict=strict)(params)
+    for leaf in bound:
+        if state is None and leaf.remembers:
             raise ValueError(
-                f"{verb}: {leaf_bound.constraint} on {leaf_bound.path!r} is relative to what the "
+                f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
                 "(params, rules, state=state) with the state of an optimizer that has project "
                 "in it."
             )
-    return {}
+    memory = {} if state is None else bound.recall(memory_in(state))
+    return bound.visits(params, memory, step)
 
 
 def violations(
@@ -404,16 +285,16 @@ def violations(
         >>> oc.violations({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array(1., dtype=float32)}
     """
-    bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves = jax.tree.leaves(params)
-    remembered = recall_for("violations", state, bound)
     distances: dict[str, jax.Array] = {}
-    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
-        if (constraint := leaf_bound.at(step)) is not None:
-            found = distance(jnp.asarray(leaf), constraint, remembered.get(key, ()))
+    found = visits(
+        "violations", params, rules, step=step, state=state, layout=layout, strict=strict
+    )
+    for bound, constraint, w, memory in found:
+        if constraint is not None:
+            away = distance(w, constraint, memory)
             # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
-            other = distances.get(leaf_bound.path)
-            distances[leaf_bound.path] = found if other is None else jnp.hypot(other, found)
+            other = distances.get(bound.path)
+            distances[bound.path] = away if other is None else jnp.hypot(other, away)
     return distances
 
 

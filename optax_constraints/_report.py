@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._project import distance, recall_for
-from optax_constraints._rules import Binder, Bound, Rules, keyed
+from optax_constraints._patterns import Rules
+from optax_constraints._project import distance, visits
+from optax_constraints._rules import Visit
 
 _WIDTH = 100
 _RIGHT = {"units", "at bound", "outside"}
@@ -133,14 +134,12 @@ def report(
         kernel  4x3    float32  MaxNorm(2)  0         3         3        0
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
-    bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves = jax.tree.leaves(params)
-    remembered = recall_for("report", state, bound)
+    found = visits("report", params, rules, step=step, state=state, layout=layout, strict=strict)
     return Report(
         tuple(
-            _row(leaf_bound, jnp.asarray(leaf), step, remembered.get(key, ()))
-            for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True)
-            if hasattr(leaf, "shape") or isinstance(leaf, (int, float, complex))
+            _row(visit)
+            for visit in found
+            if hasattr(visit.weights, "shape") or isinstance(visit.weights, (int, float, complex))
         )
     )
 
@@ -186,22 +185,20 @@ def assert_feasible(
           bias (3, float32) is 1.73 from NonNeg()
         Is project last in its chain? Weights that were loaded or averaged need constrain.
     """
-    bound = Binder(rules, layout=layout, strict=strict)(params)
-    leaves = jax.tree.leaves(params)
-    remembered = recall_for("assert_feasible", state, bound)
     constrained, outside = 0, []
-    for (key, leaf_bound), leaf in zip(keyed(bound), leaves, strict=True):
-        constraint = leaf_bound.at(step)
+    found = visits(
+        "assert_feasible", params, rules, step=step, state=state, layout=layout, strict=strict
+    )
+    for bound, constraint, w, memory in found:
         if constraint is None:
             continue
         constrained += 1
-        leaf = jnp.asarray(leaf)
-        away = float(distance(leaf, constraint, remembered.get(key, ())))
-        norm = float(_numerics.norm(leaf.astype(_numerics.compute_dtype(leaf.dtype)), None).max())
-        rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(leaf.dtype) * norm
+        away = float(distance(w, constraint, memory))
+        norm = float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
+        rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(w.dtype) * norm
         if not away <= rounding:  # also if it is NaN
-            shape = "x".join(map(str, leaf.shape)) or "scalar"
-            text = f"{leaf_bound.path} ({shape}, {leaf.dtype}) is {away:.3g} from {constraint}"
+            shape = "x".join(map(str, w.shape)) or "scalar"
+            text = f"{bound.path} ({shape}, {w.dtype}) is {away:.3g} from {constraint}"
             outside.append((-math.inf if math.isnan(away) else -away, text))
     if outside:
         worst = [f"  {text}" for _, text in sorted(outside)[:10]]
@@ -219,9 +216,10 @@ def assert_feasible(
         )
 
 
-def _row(bound: Bound, leaf: jax.Array, step: jax.typing.ArrayLike, memory: Any) -> Row:
+def _row(visit: Visit) -> Row:
+    bound, constraint, weights, memory = visit
+    leaf = jnp.asarray(weights)
     layer = bound.layout.layer if bound.layout else None
-    constraint = bound.at(step)
     if constraint is None:
         return Row(
             bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer

@@ -1,60 +1,28 @@
-"""Rules: patterns of paths -> one bound constraint per leaf."""
+"""Rules bound to a tree: a constraint for each leaf, and the walk over them."""
 
 import dataclasses
-import difflib
-import fnmatch
 import functools
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
+import optax
 
 from optax_constraints._axes import Layout, LeafLayout
-from optax_constraints._constraint import (
-    Constraint,
-    Identifier,
-    as_constraint,
-    axis_names,
-    is_builtin,
-)
+from optax_constraints._constraint import Constraint, axis_names, is_own
+from optax_constraints._patterns import Rule, Rules, parse, unmatched
 from optax_constraints._private import called_from_optax
-from optax_constraints._text import describe, warn
-
-Predicate: TypeAlias = Callable[[str, Any], bool]
-"""What a rule asks of the path and the leaf: its shape and dtype, not its values. `project` asks
-it once for all trees of one structure with the same shapes and dtypes, so that a leaf is under
-the same rule in each step."""
-Pattern: TypeAlias = str | re.Pattern[str] | Predicate
-# Keys of a mapping are patterns; Mapping[Pattern, ...] would refuse a dict[str, ...].
-Rules: TypeAlias = Identifier | Mapping[Any, Any] | Sequence[tuple[Pattern, Any]] | None
-
-
-class Rule(NamedTuple):
-    """One pattern and what it assigns. A bare constraint is a rule without a pattern."""
-
-    pattern: Pattern | None
-    constraint: Constraint | None
-
-    def matches(self, path: str, leaf: Any) -> bool:
-        """Whether the rule names this leaf."""
-        if self.pattern is None:
-            return _is_floating(leaf)
-        if isinstance(self.pattern, str):
-            return _glob(self.pattern, path)
-        if isinstance(self.pattern, re.Pattern):
-            return self.pattern.fullmatch(path) is not None
-        return bool(self.pattern(path, leaf))
-
-    def __str__(self) -> str:
-        """The pattern, as errors name it."""
-        if isinstance(self.pattern, re.Pattern):
-            return f"re.compile({self.pattern.pattern!r})"
-        return repr(self.pattern)
+from optax_constraints._text import describe, shown, warn
+from optax_constraints._trees import (
+    OtherStructureError,
+    leaves_by_path,
+    rearranged,
+    shape_and_dtype,
+    without_boxes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,32 +42,187 @@ class Bound:
 
     def remember(self, leaf: Any) -> Any:
         """What the constraint remembers of the leaf."""
-        constraint = cast(Constraint, self.at(0))
+        assert self.constraint is not None
         # A copy, lest the state and the parameters be one buffer, and both donated.
-        return jax.tree.map(jnp.array, constraint.remember(jnp.asarray(leaf)))
+        return jax.tree.map(jnp.array, self.constraint.remember(jnp.asarray(leaf)))
 
     @functools.cached_property
     def memory(self) -> Any:
         """Structure, shapes and dtypes of what the constraint remembers."""
         return jax.eval_shape(self.remember, self.leaf)
 
-    def at(self, step: jax.typing.ArrayLike) -> Constraint | None:
-        """The constraint with its schedules evaluated at a step."""
-        return None if self.constraint is None else self.constraint.at(step)
+
+class Visit(NamedTuple):
+    """What a verb sees of a leaf."""
+
+    bound: Bound
+    constraint: Constraint | None
+    """The constraint with its numbers at one step; None if the leaf is free."""
+    weights: Any
+    memory: Any
+    """What is remembered of the leaf, or ()."""
 
 
-def keyed(bound: list[Bound]) -> Iterator[tuple[str, Bound]]:
-    """Each leaf with the key of its memory: its path, numbered where it is not the first."""
-    taken = {leaf_bound.path for leaf_bound in bound}
+class Bindings:
+    """Rules bound to one tree: what each verb walks over.
+
+    Args:
+        bound: What holds for each leaf, in the order of `jax.tree.leaves`.
+    """
+
+    def __init__(self, bound: list[Bound]):
+        self._bound = bound
+        self._keys = list(_keys([b.path for b in bound]))
+
+    def __iter__(self) -> Iterator[Bound]:
+        return iter(self._bound)
+
+    @property
+    def _rememberers(self) -> dict[str, Bound]:
+        """By the key of its memory, what has one."""
+        pairs = zip(self._keys, self._bound, strict=True)
+        return {key: bound for key, bound in pairs if bound.remembers}
+
+    def remember(self, params: Any) -> dict[str, Any]:
+        """What constraints remember of the parameters at init, by key."""
+        leaves = dict(zip(self._keys, jax.tree.leaves(params), strict=True))
+        found = self._rememberers
+        if not any(isinstance(leaves[key], jax.ShapeDtypeStruct) for key in found):
+            return {key: bound.remember(leaves[key]) for key, bound in found.items()}
+        # As Adam does, arrays of the right shapes. What should be put in their place and is not,
+        # must not pass for norms.
+        return jax.tree.map(_unset, {key: bound.memory for key, bound in found.items()})
+
+    def recall(self, memory: Any) -> dict[str, Any]:
+        """What a state remembers, as the constraints left it.
+
+        A state that was saved may come back with NumPy arrays, lists in place of tuples and other
+        mappings; what belongs together has the same key.
+
+        Args:
+            memory: The memory of a state.
+
+        Returns:
+            By key, what each constraint remembers, as JAX arrays.
+
+        Raises:
+            ValueError: If it is not the memory of these constraints and leaves.
+        """
+        want = {key: bound.memory for key, bound in self._rememberers.items()}
+        have = without_boxes(dict(memory)) if isinstance(memory, Mapping) else {}
+        other = "it is the state of other rules or other parameters. Start with tx.init(params)."
+        for key in sorted({*have, *want}):
+            if key not in want:
+                raise ValueError(
+                    f"The state remembers {key!r}, and no constraint of these rules does: {other}"
+                )
+            if key not in have:
+                raise ValueError(
+                    f"The state remembers nothing of {key!r}, which its constraint needs: {other}"
+                )
+            try:
+                have[key] = rearranged(have[key], want[key])
+                old, new = (jax.tree.map(_shape_and_dtype, tree[key]) for tree in (have, want))
+                fits = old == new
+            except OtherStructureError:
+                old, new = (jax.tree.map(_shape_and_dtype, tree[key]) for tree in (have, want))
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"The state remembers {shown(old)} (shape, dtype) of {key!r}, and its "
+                    f"constraint needs {shown(new)}: {other}"
+                )
+        return jax.tree.map(jnp.asarray, have)
+
+    def visits(
+        self, params: Any, memory: Mapping[str, Any], step: jax.typing.ArrayLike
+    ) -> Iterator[Visit]:
+        """Each leaf with its constraint at one step.
+
+        Args:
+            params: The parameters.
+            memory: What `recall` returned.
+            step: The step that schedules see.
+
+        Yields:
+            A visit a leaf.
+        """
+        leaves = jax.tree.leaves(params)
+        for key, bound, leaf in zip(self._keys, self._bound, leaves, strict=True):
+            if bound.constraint is None:
+                yield Visit(bound, None, leaf, ())
+            else:
+                constraint = bound.constraint.at(step)
+                yield Visit(bound, constraint, jnp.asarray(leaf), memory.get(key, ()))
+
+    def map(
+        self,
+        function: Callable[..., tuple[Any, Any]],
+        params: Any,
+        memory: Mapping[str, Any],
+        step: jax.typing.ArrayLike,
+        updates: Any = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Puts something else in the place of each constrained leaf.
+
+        Args:
+            function: Takes a constraint, its leaf, what is remembered of that and, if there are
+                updates, its update; returns the new leaf and what to remember.
+            params: The parameters.
+            memory: What `recall` returned.
+            step: The step that schedules see.
+            updates: A tree like the parameters, where leaves that do not move may be absent.
+
+        Returns:
+            A tree like the parameters, in which free leaves are as they were, or are their
+            updates; and by key what constraints now remember.
+        """
+        treedef = jax.tree.structure(params)
+        given = [None] * treedef.num_leaves if updates is None else treedef.flatten_up_to(updates)
+        new, kept = [], {}
+        visits = zip(self._keys, self.visits(params, memory, step), given, strict=True)
+        for key, (_, constraint, weights, own), update in visits:
+            result = weights if updates is None else update
+            if constraint is not None and updates is None:
+                result, own = function(constraint, weights, own)
+            elif constraint is not None and not is_absent(update):
+                result, own = function(constraint, weights, own, jnp.asarray(update))
+            if constraint is not None and constraint.remembers:
+                kept[key] = own
+            new.append(result)
+        return treedef.unflatten(new), kept
+
+
+def is_absent(update: Any) -> bool:
+    """Whether a leaf gets no update: a frozen one, or one that `optax.masked` took out."""
+    return update is None or isinstance(update, optax.MaskedNode)
+
+
+def _unset(like: jax.ShapeDtypeStruct) -> jax.Array:
+    value = np.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+    return jnp.asarray(np.full(like.shape, value, like.dtype))
+
+
+def _shape_and_dtype(x: Any) -> Any:
+    return jnp.shape(x), jnp.result_type(x)
+
+
+def like_before(memory: Any, kept: dict[str, Any]) -> Any:
+    """A new memory in the containers of the old one."""
+    return rearranged(kept, memory) if kept else memory
+
+
+def _keys(paths: list[str]) -> Iterator[str]:
+    """The key of each leaf's memory: its path, numbered where it is not the first."""
+    taken = set(paths)
     seen: dict[str, int] = {}
-    for leaf_bound in bound:
-        path = leaf_bound.path
+    for path in paths:
         number = seen[path] = seen.get(path, 0) + 1
         key = path if number == 1 else f"{path}#{number}"
         while number > 1 and key in taken:  # another leaf has this very path
             key += "#"
         taken.add(key)
-        yield key, leaf_bound
+        yield key
 
 
 # Trees of which a binder keeps what it found. A training loop has one or two.
@@ -113,30 +236,23 @@ class Binder:
         self._rules = parse(rules)
         self._layout = layout
         self._strict = strict
-        self._cache: OrderedDict[Any, list[Bound]] = OrderedDict()
+        self._cache: OrderedDict[Any, Bindings] = OrderedDict()
 
-    @property
-    def remembers(self) -> bool:
-        """Whether any of the constraints does."""
-        return any(
-            rule.constraint is not None and rule.constraint.remembers for rule in self._rules
-        )
-
-    def __call__(self, tree: Any) -> list[Bound]:
-        """Binds the rules to the leaves of a tree, in the order of `jax.tree.leaves`.
+    def __call__(self, tree: Any) -> Bindings:
+        """Binds the rules to the leaves of a tree.
 
         Args:
             tree: Parameters; arrays may be abstract.
 
         Returns:
-            One `Bound` per leaf.
+            What holds for each leaf.
 
         Raises:
             ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
             TypeError: If a rule names a leaf that is not floating-point.
         """
         leaves, treedef = jax.tree.flatten(tree)
-        key = treedef, tuple(map(_shape_and_dtype, leaves))
+        key = treedef, tuple(map(shape_and_dtype, leaves))
         try:
             bound = self._cache.pop(key, None) or self._bind(tree)
             self._cache[key] = bound
@@ -148,7 +264,18 @@ class Binder:
             self._cache.popitem(last=False)
         return bound
 
-    def _bind(self, tree: Any) -> list[Bound]:
+    def start(self, params: Any) -> Any:
+        """Checks that rules fit a tree, and starts the memory of the constraints that need one."""
+        bound = self(params)
+        if not any(
+            rule.constraint is not None and rule.constraint.remembers for rule in self._rules
+        ):
+            return ()
+        # Optax looks for what is shaped like parameters with a tree without leaves. A leaf in
+        # this place stands for any memory.
+        return bound.remember(params) if jax.tree.leaves(params) else jnp.zeros(())
+
+    def _bind(self, tree: Any) -> Bindings:
         leaves = leaves_by_path(tree)
         _check_not_flattened(leaves)
         winners = []
@@ -166,9 +293,10 @@ class Binder:
         for (path, leaf), rule in zip(leaves, winners, strict=True):
             layout = self._leaf_layout(path)
             constraint = rule and _settle(rule, path, leaf, layout, checked)
-            abstract = jax.ShapeDtypeStruct(*known) if (known := _shape_and_dtype(leaf)) else None
+            known = shape_and_dtype(leaf)
+            abstract = None if known is None else jax.ShapeDtypeStruct(*known)
             bound.append(Bound(path, constraint, layout, abstract))
-        return bound
+        return Bindings(bound)
 
     def _leaf_layout(self, path: str) -> LeafLayout | None:
         if self._layout is None:
@@ -189,7 +317,7 @@ class Binder:
             if rule.pattern is None:
                 continue
             if i not in matched:
-                raise ValueError(_unmatched(rule, paths))
+                raise ValueError(unmatched(rule, paths))
             if i not in won:
                 warn(
                     f"The rule {rule} does nothing: an earlier rule matches each of its leaves "
@@ -197,173 +325,12 @@ class Binder:
                 )
 
 
-def parse(rules: Rules) -> list[Rule]:
-    """Turns any form of rules into a list of `Rule`, in order.
-
-    Args:
-        rules: A bare constraint, a mapping or a sequence of pairs.
-
-    Returns:
-        The rules.
-
-    Raises:
-        TypeError: If a pattern is no string, regular expression or predicate.
-        ValueError: If a value is no constraint, identifier or None.
-    """
-    if isinstance(rules, Mapping) and "class_name" not in rules:
-        return _parse_pairs(list(rules.items()), "")
-    if isinstance(rules, Sequence) and not isinstance(rules, str):
-        for pair in rules:
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise TypeError(
-                    f"Rules in a sequence are pairs (pattern, constraint), and {pair!r} is none."
-                )
-        return _parse_pairs(list(rules), "")
-    constraint = _as_constraint(rules)
-    return [] if constraint is None else [Rule(None, constraint)]
-
-
-def _parse_pairs(pairs: list[Any], prefix: str) -> list[Rule]:
-    rules = []
-    for pattern, value in pairs:
-        if prefix and not isinstance(pattern, str):
-            raise TypeError(
-                f"In the nested rules under {prefix!r} the key {pattern!r} is not a string; "
-                "give regular expressions and predicates at the top level, as pairs."
-            )
-        if isinstance(pattern, str):
-            if prefix and pattern.startswith("/"):
-                raise ValueError(
-                    f"In the nested rules under {prefix!r} the key {pattern!r} is anchored at "
-                    "the root; leave out its leading '/'."
-                )
-            pattern = f"{prefix}/{pattern}" if prefix else pattern
-            if not pattern.strip("/"):
-                raise ValueError(f"The pattern {pattern!r} is empty; write '**' for every leaf.")
-        elif isinstance(pattern, re.Pattern):
-            if not isinstance(pattern.pattern, str):
-                raise TypeError(f"The pattern {pattern!r} matches bytes; compile it from a str.")
-        elif not callable(pattern) or isinstance(pattern, (type, Constraint)):
-            raise TypeError(
-                f"The pattern {pattern!r} is not a string, a compiled regular expression or "
-                "a predicate (path, leaf) -> bool."
-            )
-        rule = Rule(cast(Pattern, pattern), None)
-        if isinstance(value, Mapping) and "class_name" not in value:
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    f"The rule {rule} holds nested rules, which need a string as their key."
-                )
-            rules += _parse_pairs(list(value.items()), pattern)
-        else:
-            rules.append(rule._replace(constraint=_as_constraint(value, rule)))
-    return rules
-
-
-def _as_constraint(value: Any, rule: Rule | None = None) -> Constraint | None:
-    try:
-        return as_constraint(value)
-    except (TypeError, ValueError) as error:
-        where = f"In the rule {rule}: " if rule else ""
-        raise type(error)(f"{where}{error}") from error
-
-
-def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree in the order of `jax.tree.leaves`, each with its path.
-
-    The path is the keys joined by "/". The attribute `value` under which Flax's variables and
-    boxes hold their array is left out; a key, field or attribute of that name elsewhere is not.
-    """
-    return [(path_of(keys), leaf) for keys, leaf in _walk(tree)]
-
-
-def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if _is_box(tree):
-        for (key,), node in tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]:
-            for rest, leaf in _walk(node):
-                yield (_BOXED if key == GetAttrKey("value") else key, *rest), leaf
-        return
-    for keys, node in tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
-        for rest, leaf in _walk(node) if _is_box(node) else [((), node)]:
-            yield (*keys, *rest), leaf
-
-
-# In the place of the attribute under which a box holds an array.
-_BOXED = jax.tree_util.DictKey("value")
-
-
-def _is_box(node: Any) -> bool:
-    return _is_box_type(type(node))
-
-
-@functools.cache
-def _is_box_type(cls: type) -> bool:
-    """Whether objects of a class are variables of NNX, or boxes of metadata of Linen."""
-    names = ("Variable", "VariableState", "AxisMetadata")
-    return any(
-        base.__name__ in names and base.__module__.partition(".")[0] == "flax"
-        for base in cls.__mro__
-    )
-
-
-def without_boxes(tree: Any) -> Any:
-    """A tree with arrays in the place of Flax's variables and boxes."""
-    return jax.tree.map(
-        lambda node: jax.tree.leaves(node)[0] if _is_box(node) else node, tree, is_leaf=_is_box
-    )
-
-
-def path_of(keys: Sequence[Any]) -> str:
-    """Keys of a leaf joined by "/", without those that boxes add at the end."""
-    while len(keys) > 1 and keys[-1] is _BOXED:
-        keys = keys[:-1]
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
-
-
-def _glob(pattern: str, path: str) -> bool:
-    """Whether a pattern matches whole segments at the end of a path."""
-    segments = pattern.strip("/").split("/")
-    if not pattern.startswith("/"):
-        segments = ["**", *segments]
-    return _match_segments(segments, path.split("/") if path else [])
-
-
-def _match_segments(pattern: list[str], path: list[str]) -> bool:
-    # reachable[j]: the pattern read so far matches the first j segments of the path.
-    reachable = [True] + [False] * len(path)
-    for segment in pattern:
-        if segment == "**":
-            first = reachable.index(True) if True in reachable else len(reachable)
-            reachable = [j >= first for j in range(len(reachable))]
-        else:
-            reachable = [False] + [
-                reachable[j] and fnmatch.fnmatchcase(path[j], segment) for j in range(len(path))
-            ]
-    return reachable[-1]
-
-
-def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
-    """Shape and dtype of an array, an abstract array or a Python number; else None."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        # As a JAX array: without x64, NumPy's float64 is float32.
-        dtype = jnp.result_type(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf.dtype
-        return tuple(leaf.shape), dtype
-    if isinstance(leaf, (bool, int, float, complex)):
-        return (), jnp.result_type(leaf)
-    return None
-
-
-def _is_floating(leaf: Any) -> bool:
-    known = _shape_and_dtype(leaf)
-    return known is not None and jnp.issubdtype(known[1], jnp.floating)
-
-
 def _settle(
     rule: Rule, path: str, leaf: Any, layout: LeafLayout | None, checked: set[Any]
 ) -> Constraint | None:
     if rule.constraint is None:
         return None
-    known = _shape_and_dtype(leaf)
+    known = shape_and_dtype(leaf)
     if known is None or not jnp.issubdtype(known[1], jnp.floating):
         what = type(leaf).__name__ if known is None else f"{describe(path, known[0])}, {known[1]}"
         raise TypeError(
@@ -374,7 +341,7 @@ def _settle(
     constraint = rule.constraint.settle(path, shape, layout)
     key = id(rule.constraint), shape, dtype, layout
     # What sums over an axis of a mesh cannot be tried where there is none.
-    if not is_builtin(constraint) and key not in checked and not axis_names(constraint):
+    if not is_own(constraint) and key not in checked and not axis_names(constraint):
         checked.add(key)
         _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))
     return constraint
@@ -389,7 +356,7 @@ def _check_keeps_shape(constraint: Constraint, path: str, leaf: jax.ShapeDtypeSt
         )
         raise
     where = f"The constraint {constraint} on {describe(path, leaf.shape)}"
-    known = _shape_and_dtype(out)
+    known = shape_and_dtype(out)
     if known is None:
         raise TypeError(f"{where} returned a {type(out).__name__}; return one array.")
     if known[0] != leaf.shape:
@@ -402,29 +369,6 @@ def _check_keeps_shape(constraint: Constraint, path: str, leaf: jax.ShapeDtypeSt
             f"{where} returned {known[1]} for {leaf.dtype}; a constraint keeps the dtype, so "
             "return result.astype(w.dtype)."
         )
-
-
-def _unmatched(rule: Rule, paths: list[str]) -> str:
-    text = f"The rule {rule} matches no leaf"
-    if paths == [""]:
-        return (
-            f"{text}: the parameters are one array without a path. Give a constraint without "
-            "a pattern, or, if optax.flatten made that array, take flatten out of the way."
-        )
-    if isinstance(rule.pattern, str):
-        depth = rule.pattern.strip("/").count("/") + 1
-        tail = {path: "/".join(path.split("/")[-depth:]) for path in paths}
-        key = rule.pattern.strip("/")
-        ranked = sorted(paths, key=lambda p: -difflib.SequenceMatcher(None, key, tail[p]).ratio())
-    else:
-        ranked = paths
-    shown = ", ".join(map(repr, ranked[:5]))
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    return (
-        f"{text} of the {len(paths)} in this tree. The closest paths are {shown}{more}. Write "
-        "the end of a path, in whole segments; or pass strict=False if this tree is only a "
-        "part of the model."
-    )
 
 
 def _check_not_flattened(leaves: list[tuple[str, Any]]) -> None:

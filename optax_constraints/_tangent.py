@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint
-from optax_constraints._project import is_absent
-from optax_constraints._rules import Binder, Rules
+from optax_constraints._patterns import Rules
+from optax_constraints._rules import Binder, Bindings
 
 
 class TangentState(NamedTuple):
@@ -66,19 +65,18 @@ def tangent(
     """
     bind = Binder(rules, layout=layout, strict=strict)
 
-    def bound_to(params: Any) -> list[Constraint | None]:
-        constraints = []
-        for bound in bind(params):
-            if bound.constraint is not None and not bound.constraint.smooth:
+    def bound_to(params: Any) -> Bindings:
+        bound = bind(params)
+        for leaf in bound:
+            if leaf.constraint is not None and not leaf.constraint.smooth:
                 raise ValueError(
-                    f"tangent: {bound.constraint} on {bound.path!r} is not known to be a smooth "
+                    f"tangent: {leaf.constraint} on {leaf.path!r} is not known to be a smooth "
                     "set. At a corner or on a boundary the directions that stay in a set are no "
                     "linear space, so that a gradient there has no tangent part. Give this leaf "
                     "None in the rules of tangent; in a class of your own for a smooth set, "
                     "write smooth = True."
                 )
-            constraints.append(bound.constraint)
-        return constraints
+        return bound
 
     def init(params: Any) -> TangentState:
         bound_to(params)
@@ -90,18 +88,12 @@ def tangent(
         del extra_args
         if params is None:
             raise ValueError("tangent needs the parameters; write tx.update(grads, state, params).")
-        leaves, treedef = jax.tree.flatten(params)
         # The weights are where the last update of `project` has put them.
         step = jnp.maximum(state.updates_seen - 1, 0)
-        new = [
-            u
-            if constraint is None or is_absent(u)
-            else constraint.at(step).tangent(jnp.asarray(p), jnp.asarray(u))
-            for constraint, p, u in zip(
-                bound_to(params), leaves, treedef.flatten_up_to(updates), strict=True
-            )
-        ]
+        new, _ = bound_to(params).map(
+            lambda constraint, w, _, u: (constraint.tangent(w, u), ()), params, {}, step, updates
+        )
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
-        return treedef.unflatten(new), TangentState(seen)
+        return new, TangentState(seen)
 
     return optax.GradientTransformationExtraArgs(init, update)

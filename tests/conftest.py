@@ -12,16 +12,16 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from optax_constraints import _constraint
+from optax_constraints import _config, _constraint
 
 
 @pytest.fixture
 def registry():
     """Starts a test with the library's own names, and forgets what it registers."""
-    registry = _constraint._registry
+    registry = _config._registry
     before = dict(registry)
     for name, thing in before.items():
-        if thing not in _constraint._builtin:
+        if thing not in _constraint.own_classes:
             del registry[name]
     yield registry
     registry.clear()

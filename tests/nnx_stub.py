@@ -69,7 +69,7 @@ from typing import Any
 
 from flax import nnx
 
-from optax_constraints._constraint import Identifier
+from optax_constraints._config import Identifier
 """
     return head + "".join(
         f"\nclass {name}(nnx.{name}):\n    def __init__(\n{init(name, cls)}    ) -> None: ...\n"

@@ -96,7 +96,7 @@ def test_get_knows_the_names_that_keras_knows(name):
 
 
 def test_no_other_names_are_written_as_those_of_keras(registry):
-    modules = {name: _constraint._builtin[cls] for name, cls in registry.items()}
+    modules = {name: _constraint.own_classes[cls] for name, cls in registry.items()}
     assert {name for name, module in modules.items() if module == "keras.constraints"} == set(NAMES)
 
 

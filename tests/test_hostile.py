@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_constraints as oc
-from optax_constraints import _constraint
+from optax_constraints import _config
 
 LIMIT = 5.0  # seconds of processor time; collecting garbage after thousands of tests takes one
 """Seconds of processor time."""
@@ -77,7 +77,7 @@ def limited() -> Iterator[None]:
 def watched() -> Iterator[None]:
     """Fails if something is imported, executed, opened or registered."""
     global _events
-    modules, names = set(sys.modules), dict(_constraint._registry)
+    modules, names = set(sys.modules), dict(_config._registry)
     original = builtins.__import__
 
     def import_(name: str, scope: Any = None, *rest: Any, **more: Any) -> Any:
@@ -101,7 +101,7 @@ def watched() -> Iterator[None]:
             _events = None
     assert events == []
     assert set(sys.modules) == modules
-    assert _constraint._registry == names
+    assert _config._registry == names
 
 
 REFUSED = "refused"
@@ -151,7 +151,7 @@ def warm():
         lambda: eval("__import__('os')", {"__name__": "optax_constraints._constraint"}),
         lambda: open("/dev/null").close(),
         lambda: __import__("os").system("true"),
-        lambda: _constraint._registry.update(evil=oc.NonNeg),
+        lambda: _config._registry.update(evil=oc.NonNeg),
     ],
     ids=["eval", "exec", "compile", "import_module", "import", "own", "open", "system", "register"],
 )
@@ -195,7 +195,7 @@ NAMES = [
     "optax_constraints",
     "optax_constraints._constraint",
     "optax_constraints.MaxNorm",
-    "optax_constraints._constraint._registry",
+    "optax_constraints._config._registry",
     "FunctionConstraint",
     "_Around",
     "UnitSet",
@@ -344,11 +344,11 @@ def _inside(config: Any) -> Iterator[Any]:
 
 
 def _arguments(name: str) -> tuple[str, ...]:
-    cls = _constraint._registry[name]
+    cls = _config._registry[name]
     return tuple(getattr(cls, "__dataclass_fields__", ()))
 
 
-SETS = sorted(name for name in _constraint._registry if name[0].isupper())
+SETS = sorted(name for name in _config._registry if name[0].isupper())
 
 
 def _try(config: Any) -> str:

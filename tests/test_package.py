@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import optax_constraints as oc
-from optax_constraints import _constraint
+from optax_constraints import _config
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -70,7 +70,7 @@ def test_the_public_names():
     )
     for name, alias in zip(sets, aliases, strict=True):
         assert getattr(oc, alias) is getattr(oc, name)
-        assert _constraint._registry[alias] is _constraint._registry[name] is getattr(oc, name)
+        assert _config._registry[alias] is _config._registry[name] is getattr(oc, name)
     classes = {"Constraint", *sets}
     verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible"}
     verbs |= {"ProjectState", "TangentState", "Report"}

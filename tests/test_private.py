@@ -214,7 +214,7 @@ def test_what_a_failure_says(monkeypatch):
     monkeypatch.delattr(jax.core, "Tracer")
     message = (
         rf"jax.core.Tracer is not what it was, in jax {re.escape(version('jax'))}, .*"
-        r"optax_constraints/_constraint.py, .* has to follow, and relies on this: Values that "
+        r"optax_constraints/_config.py, .* has to follow, and relies on this: Values that "
         r"JAX is tracing are .* AttributeError: .*Tracer"
     )
     with pytest.raises(AssertionError, match=message):

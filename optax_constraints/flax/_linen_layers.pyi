@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, InitVar
 
 from flax import linen as nn
 
-from optax_constraints._constraint import Identifier
+from optax_constraints._config import Identifier
 
 class _Kernel(nn.Module):
     _: KW_ONLY

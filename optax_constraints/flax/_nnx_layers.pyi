@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from optax_constraints._constraint import Identifier
+from optax_constraints._config import Identifier
 
 class Linear(nnx.Linear):
     def __init__(

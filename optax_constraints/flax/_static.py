@@ -10,8 +10,10 @@ import jax
 from jax.core import Tracer
 
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, as_constraint
-from optax_constraints._rules import Binder, Rules, parse
+from optax_constraints._config import as_constraint
+from optax_constraints._constraint import Constraint
+from optax_constraints._patterns import Rules, parse
+from optax_constraints._rules import Binder
 
 
 def layer_constraint(where: str, value: Any) -> Constraint | None:

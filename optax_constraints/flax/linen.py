@@ -39,9 +39,10 @@ from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint
-from optax_constraints._project import constrain_bound, remember
-from optax_constraints._rules import Rules, path_of
+from optax_constraints._patterns import Rules
+from optax_constraints._project import constrain_bound
 from optax_constraints._text import shown
+from optax_constraints._trees import path_of
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.flax._signature import SUFFIX, signature
 from optax_constraints.flax._static import (
@@ -51,7 +52,7 @@ from optax_constraints.flax._static import (
     layer_constraint,
     split_arrays,
 )
-from optax_constraints.sets import Stacked
+from optax_constraints.sets.combinators import Stacked
 
 # Layers.
 
@@ -657,7 +658,7 @@ class TrainState(train_state.TrainState):
         held = HeldRules(rules), HeldLayout(layout)
         bind = binder(*held)
         inner, _ = _parameters(params)
-        memory = remember(inner, bind)
+        memory = bind.start(inner)
         jax.eval_shape(lambda p: constrain_bound(p, bind, 0, memory), inner)
         return super().create(
             apply_fn=apply_fn,

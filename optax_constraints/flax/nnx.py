@@ -38,15 +38,17 @@ from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint
-from optax_constraints._project import constrain_bound, remember
-from optax_constraints._rules import Binder, Rules, leaves_by_path
+from optax_constraints._patterns import Rules
+from optax_constraints._project import constrain_bound
+from optax_constraints._rules import Binder
 from optax_constraints._text import describe, shown
+from optax_constraints._trees import leaves_by_path
 from optax_constraints.flax import linen
 from optax_constraints.flax._bridge import Parts, check_known, linen_parts
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.flax._signature import SUFFIX, OfInit, signature
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
-from optax_constraints.sets import Stacked
+from optax_constraints.sets.combinators import Stacked
 
 Keys = tuple[Any, ...]
 Shape = tuple[int, ...]
@@ -555,7 +557,7 @@ class Optimizer(nnx.Optimizer):
                 )
         self._rules = HeldRules(rules)
         self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
-        memory = remember(params, self._bind())  # raises if the rules do not fit
+        memory = self._bind().start(params)  # raises if the rules do not fit
         self.memory = nnx.data(to_opt_state(memory))
 
     def _bind(self) -> Binder:

@@ -22,17 +22,9 @@ from optax_constraints._axes import (
     remove_axes,
     settle_axis,
 )
-from optax_constraints._constraint import (
-    Constraint,
-    Number,
-    as_constraint,
-    axis_names,
-    check_number,
-    is_number,
-    number,
-    own_arrays,
-    value,
-)
+from optax_constraints._config import as_constraint, builtin
+from optax_constraints._constraint import Constraint, axis_names, own_arrays
+from optax_constraints._numbers import Number, check_number, is_number, number, value
 from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
 
@@ -73,6 +65,7 @@ class _Around(Constraint):
         return self.constraint.remembers
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stacked(_Around):
     """Each slice along `axis` lies in the set of another constraint, by itself.
@@ -176,6 +169,10 @@ class Stacked(_Around):
         return function
 
 
+stacked = Stacked
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Soft(_Around):
     """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
@@ -250,6 +247,10 @@ class Soft(_Around):
         return self.constraint.on_bound(w)
 
 
+soft = Soft
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part(_Around):
     """One part of an array lies in the set of another constraint, and the rest is free.
@@ -355,6 +356,9 @@ class Part(_Around):
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of the part lie on the boundary."""
         return self.constraint.on_bound(self._of(w))
+
+
+part = Part
 
 
 def _index_text(index: Any) -> str:
@@ -477,6 +481,7 @@ class _Several(Constraint):
         return memory if self.remembers else ((),) * len(self.constraints)
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Compose(_Several):
     """One projection after the other: ``... P_b(P_a(w))``.
@@ -525,6 +530,10 @@ class Compose(_Several):
         return self.constraints[-1].on_bound(w)
 
 
+compose = Compose
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Intersection(_Several):
     """Weights lie in all of several convex sets; the projection is the nearest point they share.
@@ -612,6 +621,9 @@ class Intersection(_Several):
         """Projects one floating-point array; computes in float32 or wider."""
         wide = w.astype(_numerics.compute_dtype(w.dtype))
         return _nearest_of_all(self, self._each(memory), wide).astype(w.dtype), memory
+
+
+intersection = Intersection
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.

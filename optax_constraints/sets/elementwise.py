@@ -14,7 +14,9 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout
-from optax_constraints._constraint import Constraint, check_number, number, own_arrays, value
+from optax_constraints._config import builtin
+from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._numbers import check_number, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
@@ -91,6 +93,7 @@ def _clip_jvp(signed: bool, primals: Any, tangents: Any) -> Any:
 _clipped = jax.jit(_clip, static_argnums=3, inline=True)
 
 
+@builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False)
 class NonNeg(_Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
@@ -121,6 +124,10 @@ class NonNeg(_Elementwise):
         return w <= 0
 
 
+non_neg = NonNeg
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Box(_Elementwise):
     """Each weight lies in an interval: ``{w : lower <= w <= upper}``.
@@ -218,6 +225,9 @@ class Box(_Elementwise):
         return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
 
 
+box = Box
+
+
 def _is_concrete(bound: Any) -> bool:
     """Whether this process can read the numbers of a bound."""
     if bound is None or callable(bound) or isinstance(bound, Tracer):
@@ -225,6 +235,7 @@ def _is_concrete(bound: Any) -> bool:
     return not isinstance(bound, jax.Array) or bound.is_fully_addressable
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(_Elementwise):
     """Weights are zero where the mask is: ``{w : w = 0 where mask = 0}``.
@@ -298,12 +309,16 @@ class Mask(_Elementwise):
         return jnp.broadcast_to(_beside(~self._free("", w.shape), w), w.shape)
 
 
+mask = Mask
+
+
 def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
     """Zeros, except that a NaN stays, and so does a zero of either sign: but its derivative."""
     kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), lax.stop_gradient(w))
     return automatic(lambda w, zero, kept: jnp.where(zero, kept, w), w, zero, kept)
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroDiagonal(_Elementwise):
     """Square matrices with a zero diagonal: ``{w : w[..., i, i] = 0}``.
@@ -351,6 +366,10 @@ class ZeroDiagonal(_Elementwise):
         return jnp.broadcast_to(jnp.eye(w.shape[-1], dtype=bool), w.shape)
 
 
+zero_diagonal = ZeroDiagonal
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid(_Elementwise):
     """Each weight is one of the values: ``{w : w in values}``.
@@ -436,3 +455,6 @@ class Grid(_Elementwise):
                 nearest = jnp.where(wide > bound, upper, nearest)
         nearest = nearest.astype(w.dtype)
         return jnp.where((nearest == w) | (w != w), w, nearest)
+
+
+grid = Grid

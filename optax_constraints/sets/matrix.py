@@ -15,7 +15,9 @@ from jax import lax
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
-from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._config import builtin
+from optax_constraints._constraint import Constraint
+from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe
 from optax_constraints.sets._common import MatrixSet, widen
@@ -64,6 +66,7 @@ class _Mirrored(MatrixSet):
         return _keep(a, mean)
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Symmetric(_Mirrored):
     """Each matrix is its own transpose: ``{W : W = W^T}``.
@@ -92,6 +95,10 @@ class Symmetric(_Mirrored):
     axis: Axis = None
 
 
+symmetric = Symmetric
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class SkewSymmetric(_Mirrored):
     """Each matrix is minus its transpose: ``{W : W = -W^T}``.
@@ -121,9 +128,13 @@ class SkewSymmetric(_Mirrored):
     axis: Axis = None
 
 
+skew_symmetric = SkewSymmetric
+
+
 # Positive semidefinite matrices.
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class PositiveSemidefinite(MatrixSet):
     """Each matrix is symmetric, and its eigenvalues have a lower bound.
@@ -178,6 +189,9 @@ class PositiveSemidefinite(MatrixSet):
         bound = value(self.min_eigenvalue, a.dtype)
         slack = _eigenvalue_rounding(a) * largest + 2 * _numerics.eps(w.dtype) * largest
         return eigenvalues[..., 0] <= bound + slack
+
+
+positive_semidefinite = PositiveSemidefinite
 
 
 def _eigenvalue_rounding(a: jax.Array) -> float:
@@ -271,6 +285,7 @@ _project_positive = jax.jit(_positive)
 # Doubly stochastic matrices.
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class DoublyStochastic(MatrixSet):
     """Each matrix is nonnegative, and each of its rows and columns sums to 1.
@@ -335,6 +350,9 @@ class DoublyStochastic(MatrixSet):
     def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
         return w <= 0
+
+
+doubly_stochastic = DoublyStochastic
 
 
 _NEWTON_STEPS = 200
@@ -516,6 +534,7 @@ _nearest_doubly_stochastic = jax.jit(jnp.vectorize(_nearest, signature="(n,n)->(
 # Kernels with one value a ring.
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Radial(Constraint):
     """The weights of each square window are the same at the same distance from its centre.
@@ -559,6 +578,9 @@ class Radial(Constraint):
             return Stacked(self, stacked).settle(path, shape)
         _check_window(path, shape)
         return self
+
+
+radial = Radial
 
 
 @functools.cache

@@ -6,7 +6,6 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 """
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any, TypeAlias, cast
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
-from optax_constraints._constraint import Number, check_number, is_number, number, value
+from optax_constraints._config import builtin
+from optax_constraints._numbers import Number, check_number, is_number, number, value
 from optax_constraints._text import shown
 from optax_constraints.sets._common import UnitSet
 
@@ -122,13 +122,15 @@ class _NormSet(UnitSet):
         norm, wide = self._norm(w)
         return (wide * self._scale(norm, memory)).astype(w.dtype), memory
 
+    def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> jax.Array:
+        """The factor of each unit of the sum."""
+        total, axis = self._sum(params, updates)
+        norm = self._of_all(_numerics.plain_norm(total, axis)) / self._one(self._size(total, axis))
+        return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
+
     def update(
-        self,
-        params: jax.Array,
-        updates: jax.Array,
-        memory: Any = (),
-        after: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        self, params: jax.Array, updates: jax.Array, memory: Any = (), prepared: Any = None
+    ) -> tuple[jax.Array, Any]:
         """The update of one leaf, without the second pass that huge and tiny norms need.
 
         Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
@@ -138,21 +140,21 @@ class _NormSet(UnitSet):
         square underflows, with a norm below 1e-19 or so, counts as zero. An infinite entry
         makes NaN of its unit, as it does without the limit.
         """
+        scale = self.prepare(params, updates, memory) if prepared is None else prepared
+        target = (self._sum(params, updates)[0] * scale).astype(params.dtype)
+        dtype = jnp.promote_types(params.dtype, updates.dtype)
+        return target.astype(dtype) - params.astype(dtype), memory
+
+    def _sum(self, params: jax.Array, updates: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+        """The weights after an update, entries limited; and the axes of a unit."""
         wide, axis = self._widen(params)
-        size = self._size(wide, axis)
-        limit = _square_limit(wide.dtype, size)
-        turn = limit if after is None else _wait(after, limit)
+        limit = _square_limit(wide.dtype, self._size(wide, axis))
         moved = updates.astype(wide.dtype)
         total = wide + moved
         # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
         # optimizer's arithmetic and keeps the result for both passes.
-        wide = jnp.clip(wide, -limit, limit) + (jnp.clip(moved, -turn, turn) + (total - total))
-        norm = self._of_all(_numerics.plain_norm(wide, axis)) / self._one(size)
-        scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
-        target = (wide * scale).astype(params.dtype)
-        dtype = jnp.promote_types(params.dtype, updates.dtype)
-        after = jnp.max(scale) if scale.size else after
-        return target.astype(dtype) - params.astype(dtype), memory, after
+        clipped = jnp.clip(moved, -limit, limit) + (total - total)
+        return jnp.clip(wide, -limit, limit) + clipped, axis
 
 
 Bound: TypeAlias = Number | str
@@ -225,6 +227,7 @@ def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
     return one / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
 
 
+@builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaxNorm(_NormSet):
     """The norm of each unit is at most `max_value`: ``{w : ||unit||_2 <= max_value}``.
@@ -274,6 +277,10 @@ class MaxNorm(_NormSet):
         return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
+max_norm = MaxNorm
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaxRMS(_NormSet):
     """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
@@ -318,6 +325,10 @@ class MaxRMS(_NormSet):
         return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
 
 
+max_rms = MaxRMS
+
+
+@builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MinMaxNorm(_NormSet):
     """The norm of each unit lies in an interval.
@@ -389,6 +400,10 @@ class MinMaxNorm(_NormSet):
         return low | _reaches(norm, self.max_value, w.dtype)
 
 
+min_max_norm = MinMaxNorm
+
+
+@builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class UnitNorm(_NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
@@ -428,6 +443,10 @@ class UnitNorm(_NormSet):
         return self._norm(w)[0] > 0
 
 
+unit_norm = UnitNorm
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FixedNorm(_NormSet):
     """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
@@ -474,23 +493,12 @@ class FixedNorm(_NormSet):
         return self._norm(w)[0] > 0
 
 
+fixed_norm = FixedNorm
+
+
 def _reaches(norm: jax.Array, bound: Bound, dtype: jnp.dtype) -> jax.Array:
     """Whether a norm is at or above a bound, as far as `dtype` can tell."""
     return norm >= _in_numbers(bound, norm) * (1 - 2 * _numerics.eps(dtype))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _wait(after: jax.Array, limit: float) -> jax.Array:
-    """The limit or half of it: either will do, but on the CPU it is not known before `after`.
-
-    XLA's CPU backend drops optimization barriers, and keeps candidates of many leaves at once
-    if nothing orders them.
-    """
-    return jax.lax.platform_dependent(
-        after,
-        cpu=lambda after: jnp.where(after >= 0, limit, limit / 2),
-        default=lambda after: jnp.full((), limit, jnp.result_type(limit)),
-    )
 
 
 def _square_limit(dtype: jnp.dtype, size: int) -> float:

@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
-from optax_constraints._constraint import Constraint, Number, check_number, number, value
+from optax_constraints._config import builtin
+from optax_constraints._constraint import Constraint
+from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import UnitSet
@@ -43,6 +45,7 @@ class _LineSet(UnitSet):
         )
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Monotone(_LineSet):
     """The entries of each unit are sorted: ``{w : unit[0] <= unit[1] <= ...}``.
@@ -109,6 +112,9 @@ class Monotone(_LineSet):
             return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
 
         return automatic(tied, w, spec=PartitionSpec())
+
+
+monotone = Monotone
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
@@ -203,6 +209,7 @@ def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
     return lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < 50), improve, start)[1]
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopK(UnitSet):
     """At most `k` entries of each unit are not zero: ``{w : ||unit||_0 <= k}``.
@@ -270,6 +277,9 @@ class TopK(UnitSet):
         size = math.prod(w.shape[a] for a in axes)
         share = value(self.k, _numerics.compute_dtype(w.dtype)) * size
         return jnp.maximum(jnp.round(share), 1).astype(jnp.int32)
+
+
+top_k = TopK
 
 
 def _is_integer(k: Number) -> bool:
@@ -354,6 +364,7 @@ def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.where((y != 0) | room, dy, jnp.zeros((), dy.dtype))
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class NM(_LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
@@ -422,6 +433,9 @@ class NM(_LineSet):
         n = value(self.n, jnp.dtype(jnp.int32))
         full = functools.partial(_are_full, m=self.m, axis=axis)
         return automatic(full, w, n, spec=PartitionSpec())
+
+
+nm = NM
 
 
 def _grouped(w: jax.Array, m: int, axis: int) -> jax.Array:

@@ -24,7 +24,8 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
-from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._config import builtin
+from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import UnitSet
 
@@ -151,6 +152,7 @@ def _onto_l1_ball_jvp(axis, primals, tangents):
     return y, jnp.where(_in_l1_ball(x, radius, axis), dx, outside)
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Simplex(UnitSet):
     """Each unit has no negative entry and sums to `total`.
@@ -205,6 +207,10 @@ class Simplex(UnitSet):
         return jnp.any(wide <= 0, axis=axis, keepdims=True)
 
 
+simplex = Simplex
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class L1Ball(UnitSet):
     """The magnitudes of each unit sum to at most `radius`: ``{w : ||unit||_1 <= radius}``.
@@ -255,6 +261,9 @@ class L1Ball(UnitSet):
         wide, axis = self._widen(w)
         bound = value(self.radius, wide.dtype) * (1 - 2 * _numerics.eps(w.dtype))
         return _sum(jnp.abs(wide), axis) >= bound
+
+
+l1_ball = L1Ball
 
 
 # Planes and half spaces: a step along a normal.
@@ -335,6 +344,7 @@ def _onto_plane_jvp(axis, half, primals, tangents):
     return y, dy
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class SumTo(UnitSet):
     """Each unit sums to `value`: ``{w : sum(unit) = value}``.
@@ -376,6 +386,10 @@ class SumTo(UnitSet):
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
 
 
+sum_to = SumTo
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class CenterAround(UnitSet):
     """The mean of each unit is `ref_value`: ``{w : mean(unit) = ref_value}``.
@@ -418,6 +432,9 @@ class CenterAround(UnitSet):
         wide, axis = self._widen(w)
         mean = value(self.ref_value, wide.dtype)
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+
+center_around = CenterAround
 
 
 def _check_finite(owner: str, name: str, value: Number) -> None:
@@ -467,6 +484,7 @@ class _NormalSet(UnitSet):
         return normal, normal * (offset / _sum(jnp.square(normal), axis))
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hyperplane(_NormalSet):
     """The inner product of each unit with `normal` is `offset`.
@@ -507,6 +525,10 @@ class Hyperplane(_NormalSet):
         return _onto_plane(wide, *self._plane(wide), axis).astype(w.dtype)
 
 
+hyperplane = Hyperplane
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class HalfSpace(_NormalSet):
     """The inner product of each unit with `normal` is at most `offset`.
@@ -551,6 +573,9 @@ class HalfSpace(_NormalSet):
         above = _above(wide, normal, point, axis)
         near = _is_near(wide, normal, above, axis, 2 * _numerics.eps(w.dtype))
         return near | (above > 0)
+
+
+half_space = HalfSpace
 
 
 def _check_normal(owner: str, normal: Any) -> Any:

@@ -19,13 +19,15 @@ from jax import lax
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
-from optax_constraints._constraint import Number, check_number, number, value
+from optax_constraints._config import builtin
+from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints.sets._common import MatrixSet
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Orthogonal(MatrixSet):
     """The columns are orthonormal, times `scale`: ``{W : W^T W = scale^2 I}``; rows if wide.
@@ -82,6 +84,10 @@ class Orthogonal(MatrixSet):
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
 
 
+orthogonal = Orthogonal
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaxSpectralNorm(MatrixSet):
     """The largest singular value is at most `max_value`: ``{W : ||W||_2 <= max_value}``.
@@ -133,6 +139,10 @@ class MaxSpectralNorm(MatrixSet):
         return ~_surely_inside(a, low)
 
 
+max_spectral_norm = MaxSpectralNorm
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class NuclearNormBall(MatrixSet):
     """The sum of the singular values is at most `radius`: ``{W : ||W||_* <= radius}``.
@@ -179,6 +189,10 @@ class NuclearNormBall(MatrixSet):
         return ~_threshold(_svd(a * down).s, low * down[..., 0], 0).allowed
 
 
+nuclear_norm_ball = NuclearNormBall
+
+
+@builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(MatrixSet):
     """The rank is at most `rank`: ``{W : rank(W) <= rank}``.
@@ -236,6 +250,9 @@ class LowRank(MatrixSet):
         if isinstance(self.rank, int) and self.rank >= min(a.shape[-2:]):
             return a
         return _spectral(_truncate, a, value(self.rank, a.dtype)) if a.size else a
+
+
+low_rank = LowRank
 
 
 # Scales.

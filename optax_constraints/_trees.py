@@ -1,0 +1,103 @@
+"""Trees of parameters: paths of their leaves, boxes around them, and what comes back of a save."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
+
+
+def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree in the order of `jax.tree.leaves`, each with its path.
+
+    The path is the keys joined by "/". The attribute `value` under which Flax's variables and
+    boxes hold their array is left out; a key, field or attribute of that name elsewhere is not.
+    """
+    return [(path_of(keys), leaf) for keys, leaf in _walk(tree)]
+
+
+def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if _is_box(tree):
+        for (key,), node in tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]:
+            for rest, leaf in _walk(node):
+                yield (_BOXED if key == GetAttrKey("value") else key, *rest), leaf
+        return
+    for keys, node in tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+        for rest, leaf in _walk(node) if _is_box(node) else [((), node)]:
+            yield (*keys, *rest), leaf
+
+
+# In the place of the attribute under which a box holds an array.
+_BOXED = jax.tree_util.DictKey("value")
+
+
+def _is_box(node: Any) -> bool:
+    return _is_box_type(type(node))
+
+
+@functools.cache
+def _is_box_type(cls: type) -> bool:
+    """Whether objects of a class are variables of NNX, or boxes of metadata of Linen."""
+    names = ("Variable", "VariableState", "AxisMetadata")
+    return any(
+        base.__name__ in names and base.__module__.partition(".")[0] == "flax"
+        for base in cls.__mro__
+    )
+
+
+def without_boxes(tree: Any) -> Any:
+    """A tree with arrays in the place of Flax's variables and boxes."""
+    return jax.tree.map(
+        lambda node: jax.tree.leaves(node)[0] if _is_box(node) else node, tree, is_leaf=_is_box
+    )
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Keys of a leaf joined by "/", without those that boxes add at the end."""
+    while len(keys) > 1 and keys[-1] is _BOXED:
+        keys = keys[:-1]
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
+    """Shape and dtype of an array, an abstract array or a Python number; else None."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        # As a JAX array: without x64, NumPy's float64 is float32.
+        dtype = jnp.result_type(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf.dtype
+        return tuple(leaf.shape), dtype
+    if isinstance(leaf, (bool, int, float, complex)):
+        return (), jnp.result_type(leaf)
+    return None
+
+
+class OtherStructureError(Exception):
+    """Two trees that do not have the same keys."""
+
+
+def rearranged(tree: Any, like: Any) -> Any:
+    """The leaves of one tree in the containers of another, paired by key or by number.
+
+    Raises:
+        OtherStructureError: If one has keys that the other has not.
+    """
+    if not jax.tree.leaves(like) and not jax.tree.leaves(tree):
+        return like  # of nothing, containers may be lost
+    own, other = (_children(t) for t in (tree, like))
+    if own is None or other is None:
+        if own is other:
+            return tree
+        raise OtherStructureError
+    if set(own[0]) != set(other[0]):
+        raise OtherStructureError
+    return other[1].unflatten([rearranged(own[0][key], child) for key, child in other[0].items()])
+
+
+def _children(tree: Any) -> tuple[dict[Any, Any], Any] | None:
+    """What stands below the root of a tree, by key or number, and the root; None for a leaf."""
+    found, root = tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if jax.tree_util.treedef_is_leaf(root):
+        return None
+    return {jax.tree_util.keystr(keys, simple=True): child for keys, child in found}, root
