@@ -5,6 +5,11 @@ from optax_constraints._config import get as get
 from optax_constraints._config import register as register
 from optax_constraints._config import serialize as serialize
 from optax_constraints._constraint import Constraint as Constraint
+from optax_constraints._numbers import arg as arg
+from optax_constraints._patterns import across as across
+from optax_constraints._patterns import joint as joint
+from optax_constraints._patterns import of_layer as of_layer
+from optax_constraints._patterns import rules_from_tree as rules_from_tree
 from optax_constraints._project import ProjectState as ProjectState
 from optax_constraints._project import constrain as constrain
 from optax_constraints._project import project as project
@@ -28,11 +33,13 @@ from optax_constraints.sets.elementwise import Box as Box
 from optax_constraints.sets.elementwise import Grid as Grid
 from optax_constraints.sets.elementwise import Mask as Mask
 from optax_constraints.sets.elementwise import NonNeg as NonNeg
+from optax_constraints.sets.elementwise import Scale as Scale
 from optax_constraints.sets.elementwise import ZeroDiagonal as ZeroDiagonal
 from optax_constraints.sets.elementwise import box as box
 from optax_constraints.sets.elementwise import grid as grid
 from optax_constraints.sets.elementwise import mask as mask
 from optax_constraints.sets.elementwise import non_neg as non_neg
+from optax_constraints.sets.elementwise import scale as scale
 from optax_constraints.sets.elementwise import zero_diagonal as zero_diagonal
 from optax_constraints.sets.matrix import DoublyStochastic as DoublyStochastic
 from optax_constraints.sets.matrix import PositiveSemidefinite as PositiveSemidefinite

@@ -20,6 +20,11 @@ class LeafLayout(NamedTuple):
     stacked: tuple[int, ...] = ()
     """The axes of the leaf along which layers are stacked, as by `nn.scan` or `nnx.vmap`."""
 
+    def without(self, axes: tuple[int, ...]) -> "LeafLayout":
+        """The same of one slice along these axes."""
+        fan_in = None if self.fan_in is None else remove_axes(self.fan_in, axes)
+        return self._replace(fan_in=fan_in, stacked=remove_axes(self.stacked, axes))
+
 
 Layout: TypeAlias = Mapping[str, LeafLayout]
 

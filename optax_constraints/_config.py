@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_constraints._constraint import Constraint, own_classes
+from optax_constraints._numbers import Arg, arg
 from optax_constraints._text import shown
 
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -44,6 +45,7 @@ def as_constraint(identifier: Any) -> Constraint | None:
 
 _Registrable = TypeVar("_Registrable", bound="type[Constraint] | Projection")
 _Set = TypeVar("_Set", bound=type[Constraint])
+_Class = TypeVar("_Class")
 
 # Every name that `get` and `deserialize` know: the library's own sets, which are entered beside
 # their classes, and what users register.
@@ -220,11 +222,30 @@ def _check_pair(pair: Any) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
+# Patterns that are neither text nor regular expressions, by the name that they have in configs.
+_pattern_types: dict[str, type] = {}
+
+
+def pattern_type(name: str) -> Callable[[type[_Class]], type[_Class]]:
+    """Gives a dataclass that is a pattern, made of patterns and text, a name in configs."""
+
+    def enter(cls: type[_Class]) -> type[_Class]:
+        _pattern_types[name] = cls
+        return cls
+
+    return enter
+
+
 def _serialize_pattern(pattern: object) -> Any:
     if isinstance(pattern, str):
         return pattern
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return {"regex": pattern.pattern, "flags": pattern.flags}
+    for name, cls in _pattern_types.items():
+        if type(pattern) is cls:
+            parts = [getattr(pattern, f.name) for f in dataclasses.fields(cls)]
+            parts = parts[0] if isinstance(parts[0], tuple) else parts
+            return {name: [_serialize_pattern(part) for part in parts]}
     raise TypeError(
         f"The pattern {pattern!r} has no JSON form; write a string or a compiled regular "
         "expression."
@@ -272,6 +293,12 @@ def to_json(what: str, value: Any) -> Any:
         return _serialize_constraint(value)
     if isinstance(value, (tuple, list)):
         return [to_json(what, v) for v in value]
+    if isinstance(value, Arg) and isinstance(value.source, str):
+        return {"arg": value.source}
+    if isinstance(value, Arg):
+        raise TypeError(
+            f"{what} is {value!r}, a function, which has no JSON form; write arg('a name')."
+        )
     if isinstance(value, Tracer) or callable(value):
         kind = "a traced value" if isinstance(value, Tracer) else "a schedule"
         raise TypeError(f"{what} is {kind}, which has no JSON form; write a number.")
@@ -333,22 +360,30 @@ def _deserialize(config: Any) -> Any:
 
 def _deserialize_pair(pair: Any) -> tuple[Any, Any]:
     pattern, value = _check_pair(pair)
-    if isinstance(pattern, Mapping):
-        if isinstance(pattern.get("regex"), str):
-            _check_length(pattern["regex"])
-        try:
-            # Under DEBUG, compiling would print.
-            pattern = re.compile(pattern["regex"], pattern.get("flags", 0) & ~int(re.DEBUG))
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
-            raise ValueError(
-                f"{shown(pattern)} is not a pattern; write a string, or "
-                "{'regex': '...', 'flags': 0}."
-            ) from error
-    elif not isinstance(pattern, str):
-        raise TypeError(f"{shown(pattern)} is not a pattern; write a string.")
-    else:
+    return _deserialize_pattern(pattern), _deserialize(value)
+
+
+def _deserialize_pattern(pattern: Any) -> Any:
+    if isinstance(pattern, str):
         _check_length(pattern)
-    return pattern, _deserialize(value)
+        return pattern
+    if not isinstance(pattern, Mapping):
+        raise TypeError(f"{shown(pattern)} is not a pattern; write a string.")
+    for name, cls in _pattern_types.items():
+        if set(pattern) == {name} and isinstance(pattern[name], list):
+            try:
+                return cls(*map(_deserialize_pattern, pattern[name]))
+            except TypeError as error:
+                raise TypeError(f"{shown(pattern)} is not a pattern: {error}") from error
+    if isinstance(pattern.get("regex"), str):
+        _check_length(pattern["regex"])
+    try:
+        # Under DEBUG, compiling would print.
+        return re.compile(pattern["regex"], pattern.get("flags", 0) & ~int(re.DEBUG))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise ValueError(
+            f"{shown(pattern)} is not a pattern; write a string, or {{'regex': '...', 'flags': 0}}."
+        ) from error
 
 
 # Python's own compiler of patterns takes seconds for very long ones.
@@ -411,9 +446,11 @@ def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Reads the forms in which Keras writes tuples, NumPy arrays and tensors."""
+    """Reads `arg`, and the forms in which Keras writes tuples, NumPy arrays and tensors."""
     if not isinstance(value, Mapping):
         return value
+    if set(value) == {"arg"}:
+        return arg(value["arg"])
     kind, content = value.get("class_name"), value.get("config")
     if kind == "__tuple__" and isinstance(value.get("items"), list):
         return tuple(value["items"])

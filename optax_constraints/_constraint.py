@@ -13,7 +13,19 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_constraints._axes import LeafLayout, settle_axis
-from optax_constraints._numbers import ARRAYS, is_array, is_readable
+from optax_constraints._numbers import (
+    ARRAYS,
+    Arg,
+    Settled,
+    SettledCount,
+    check_scalar,
+    fields_of,
+    is_array,
+    is_readable,
+    is_schedule,
+    limits_of,
+    settle_number,
+)
 from optax_constraints._numerics import compute_dtype
 
 _Made = TypeVar("_Made", bound="Constraint")
@@ -92,7 +104,7 @@ class Constraint:
         from optax_constraints._config import to_json
 
         name = type(self).__name__
-        return {f.name: to_json(f"{name}.{f.name}", getattr(self, f.name)) for f in _fields(self)}
+        return {f.name: to_json(f"{name}.{f.name}", getattr(self, f.name)) for f in fields_of(self)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -158,12 +170,38 @@ class Constraint:
             A constraint without schedules. What they return is not checked, since under
             `jax.jit` it could not be: a bound below 0 counts as 0, as if it were traced.
         """
-        values = {
-            f.name: value.at(step) if isinstance(value, Constraint) else value(step)
-            for f in _fields(self)
-            if isinstance(value := getattr(self, f.name), Constraint)
-            or (f.metadata.get("number") and callable(value))
-        }
+        values = {}
+        for field in fields_of(self):
+            given = getattr(self, field.name)
+            if isinstance(given, Constraint):
+                values[field.name] = given.at(step)
+            elif limits_of(field) and is_schedule(given):
+                values[field.name] = given(step)
+        return self._replace(**values) if values else self
+
+    def read(self, extra: Mapping[str, Any], path: str) -> "Constraint":
+        """This constraint with a number, or an array, in the place of each `arg`.
+
+        Args:
+            extra: The extra arguments of `tx.update`.
+            path: The path of the leaf.
+
+        Returns:
+            A constraint without `arg`. As for schedules, numbers are not checked.
+
+        Raises:
+            ValueError: If an argument is missing, or is an array where one number is needed.
+        """
+        values = {}
+        for field in fields_of(self):
+            given, limits = getattr(self, field.name), limits_of(field)
+            if isinstance(given, Constraint):
+                values[field.name] = given.read(extra, path)
+            elif isinstance(given, Arg):
+                what = f"{type(self).__name__}: {field.name}={given!r} on {path!r}"
+                values[field.name] = found = given.read(what, extra, path)
+                if limits and not limits.array:
+                    check_scalar(what, found)
         return self._replace(**values) if values else self
 
     def _replace(self, **values: Any) -> Self:
@@ -178,7 +216,7 @@ class Constraint:
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> "Constraint":
-        """This constraint with its `axis`, if it has one, as axes of one leaf.
+        """This constraint for one leaf: with its `axis`, if it has one, and numbers for text.
 
         Args:
             path: Path of the leaf.
@@ -191,11 +229,16 @@ class Constraint:
         Raises:
             ValueError: If the leaf does not have that axis, or `"fan_in"` is not certain.
         """
-        if not any(f.name == "axis" for f in _fields(self)):
-            return self
-        this = cast(Any, self)
-        axis = settle_axis(type(self).__name__, this.axis, shape, path, layout)
-        return self._replace(axis=axis)
+        owner, values = type(self).__name__, {}
+        for field in fields_of(self):
+            given, limits = getattr(self, field.name), limits_of(field)
+            if field.name == "axis":
+                values["axis"] = settle_axis(owner, given, shape, path, layout)
+            elif limits and isinstance(given, str):
+                values[field.name] = settle_number(
+                    owner, field.name, given, limits, path, shape, layout
+                )
+        return self._replace(**values) if values else self
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of an allowed array lie on the boundary of the set.
@@ -209,7 +252,7 @@ class Constraint:
         del w
         return None
 
-    def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> Any:
+    def prepare(self, params: Any, updates: Any, memory: Any = ()) -> Any:
         """What `update` has to know of whole units, such as their norms, or None for nothing.
 
         `project` orders leaves by it, so that they share the memory that this takes.
@@ -226,8 +269,8 @@ class Constraint:
         return None
 
     def update(
-        self, params: jax.Array, updates: jax.Array, memory: Any = (), prepared: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, params: Any, updates: Any, memory: Any = (), prepared: Any = None
+    ) -> tuple[Any, Any]:
         """The update that takes one leaf to the projection of ``params + updates``.
 
         Args:
@@ -240,14 +283,10 @@ class Constraint:
             ``P(params + updates) - params``, in the wider dtype of the two; and what to remember.
         """
         del prepared
-        weights = params.dtype
-        dtype = jnp.promote_types(params.dtype, updates.dtype)
-        params, updates = params.astype(dtype), updates.astype(dtype)
-        target, memory = self.aim((params + updates).astype(weights), memory)
-        delta = target.astype(dtype) - params
-        return self.keep_inside(params.astype(weights), delta), memory
+        target, memory = self.aim(jax.tree.map(moved, params, updates), memory)
+        return self.keep_inside(params, jax.tree.map(difference, target, params, updates)), memory
 
-    def keep_inside(self, params: jax.Array, delta: jax.Array) -> jax.Array:
+    def keep_inside(self, params: Any, delta: Any) -> Any:
         """An update after which no entry is outside of an elementwise set.
 
         ``p + (t - p)`` can round to a neighbour of `t` that is outside the set. One step of the
@@ -262,10 +301,8 @@ class Constraint:
         """
         if not self.elementwise:
             return delta
-        dtype = jnp.promote_types(params.dtype, delta.dtype)
-        reached = (params.astype(dtype) + delta.astype(dtype)).astype(params.dtype)
-        reached = jax.lax.stop_gradient(reached)
-        return _nudged(delta, reached, self.aim(reached, ())[0])
+        reached = jax.lax.stop_gradient(jax.tree.map(moved, params, delta))
+        return jax.tree.map(_nudged, delta, reached, self.aim(reached, ())[0])
 
     def __eq__(self, other: object) -> bool:
         """Whether `other` is the same set with the same hyperparameters."""
@@ -291,6 +328,18 @@ class Constraint:
 # Of a class without a constructor of its own: it takes no arguments.
 _CLS = inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)
 Constraint.__new__.__signature__ = inspect.Signature([_CLS])  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def moved(params: jax.Array, updates: jax.Array) -> jax.Array:
+    """The weights after an update, in their dtype."""
+    dtype = jnp.promote_types(params.dtype, updates.dtype)
+    return (params.astype(dtype) + updates.astype(dtype)).astype(params.dtype)
+
+
+def difference(target: jax.Array, params: jax.Array, updates: jax.Array) -> jax.Array:
+    """The update that leads from the weights to a target, in the dtype of a sum of the two."""
+    dtype = jnp.promote_types(params.dtype, updates.dtype)
+    return target.astype(dtype) - params.astype(dtype)
 
 
 @jax.custom_jvp
@@ -355,7 +404,7 @@ _DATA = "_names_of_data"
 
 def _values(constraint: Constraint) -> dict[str, Any]:
     """The attributes of a constraint: its fields, and what a user's class may have besides."""
-    names = [f.name for f in _fields(constraint)]
+    names = [f.name for f in fields_of(constraint)]
     slots = (name for cls in type(constraint).__mro__ for name in getattr(cls, "__slots__", ()))
     names += sorted({*slots, *vars(constraint)} - {*names, _DATA})
     return {name: getattr(constraint, name) for name in names if hasattr(constraint, name)}
@@ -367,7 +416,7 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
     names = vars(constraint).get(_DATA)
     if names is None:
         own = type(constraint) in own_classes
-        numbers = {f.name for f in _fields(constraint) if own and f.metadata.get("number")}
+        numbers = {f.name for f in fields_of(constraint) if own and f.metadata.get("number")}
         names = tuple(
             name
             for name, value in values.items()
@@ -378,10 +427,10 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Whether a field for numbers holds some, and no text or schedule."""
+    """Whether a field for numbers holds some, and no text, schedule or `arg`."""
     if isinstance(value, Constraint) or is_array(value):
         return True
-    return not isinstance(value, str) and not callable(value)
+    return not isinstance(value, (str, Arg)) and not callable(value)
 
 
 def _is_data(value: Any, own: bool) -> bool:
@@ -483,6 +532,12 @@ def axis_names(constraint: Constraint) -> tuple[str, ...]:
     return tuple(n for own in named for n in ((own,) if isinstance(own, str) else own))
 
 
+def has_args(constraint: Constraint) -> bool:
+    """Whether a constraint, or what it is made of, needs extra arguments of `tx.update`."""
+    values = (_values(part).values() for part in parts_of(constraint))
+    return any(isinstance(value, Arg) for own in values for value in own)
+
+
 def own_arrays(constraint: Constraint) -> None:
     """Copies the NumPy arrays among the fields of a constraint, which their owner may change."""
     for name, value in _values(constraint).items():
@@ -492,10 +547,6 @@ def own_arrays(constraint: Constraint) -> None:
             object.__setattr__(constraint, name, value)
 
 
-def _fields(constraint: Constraint) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(constraint) if dataclasses.is_dataclass(constraint) else ()
-
-
 def _short(value: object) -> str:
     if isinstance(value, Constraint):
         return str(value)
@@ -503,6 +554,10 @@ def _short(value: object) -> str:
         return ", ".join(map(_short, value))
     if isinstance(value, Tracer):
         return "traced"
+    if isinstance(value, Arg):
+        return repr(value)
+    if isinstance(value, (Settled, SettledCount)):
+        return f"{value:.4g} = {value.text}"
     if callable(value):
         return "schedule"
     if isinstance(value, (int, float, np.number)) or (

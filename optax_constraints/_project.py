@@ -81,9 +81,8 @@ def project(
         return ProjectState(jnp.zeros((), jnp.int32), bind.start(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, ProjectState]:
-        del extra_args
         if params is None:
             raise ValueError("project needs the parameters; write tx.update(grads, state, params).")
         if isinstance(state, Mapping):  # restored without its type
@@ -97,15 +96,17 @@ def project(
 
             def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
                 nonlocal before
-                u = in_turn(u, before) if constraint.unitwise else u
+                if constraint.unitwise:
+                    u = jax.tree.map(lambda u: in_turn(u, before), u)
                 prepared = constraint.prepare(p, u, own)
                 before = before if prepared is None else prepared
                 moved, own = constraint.update(p, u, own, prepared)
-                if keep_dtype and moved.dtype != u.dtype:
-                    moved = constraint.keep_inside(p, moved.astype(u.dtype))
+                if keep_dtype:
+                    moved = _narrowed(constraint, p, moved, u)
                 return moved, own
 
-            return bound.map(move, params, memory, state.updates_seen, updates)
+            step = state.updates_seen
+            return bound.map(move, params, memory, step=step, extra=extra, updates=updates)
 
         def passed(updates: Any, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             # In the dtypes that a projection would give.
@@ -122,6 +123,13 @@ def project(
         return new, state._replace(updates_seen=seen, memory=like_before(state.memory, kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
+    """Updates in the dtypes that they came in, after which entries of entrywise sets hold."""
+    narrow = jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
+    same = jax.tree.map(lambda m, u: m.dtype == u.dtype, moved, updates)
+    return moved if all(jax.tree.leaves(same)) else constraint.keep_inside(params, narrow)
 
 
 # Of Optax, what chooses between the updates of a transformation and others.
@@ -146,6 +154,7 @@ def constrain(
     *,
     step: jax.typing.ArrayLike = 0,
     state: Any = None,
+    extra: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> Any:
@@ -157,8 +166,10 @@ def constrain(
         step: What schedules see; the first update is step 0.
         state: The optimizer's state, for constraints that remember weights at init. Without
             it the weights given here are those at init.
-        layout: As for `project`.
-        strict: As for `project`.
+        extra: What `arg` reads, by name: the extra arguments of `tx.update`.
+        layout: What `layout(model)` of `optax_constraints.flax` says of each leaf.
+        strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
+            in part.
 
     Returns:
         The tree with each constrained leaf inside its set: as `project` goes through a
@@ -176,18 +187,25 @@ def constrain(
     """
     bind = Binder(rules, layout=layout, strict=strict)
     memory = bind.start(params) if state is None else memory_in(state)
-    return constrain_bound(params, bind, step, memory)[0]
+    return constrain_bound(params, bind, memory, step=step, extra=extra)[0]
 
 
 def constrain_bound(
-    params: Any, bind: Binder, step: jax.typing.ArrayLike, memory: Any
+    params: Any,
+    bind: Binder,
+    memory: Any,
+    *,
+    step: jax.typing.ArrayLike,
+    extra: Mapping[str, Any] | None,
 ) -> tuple[Any, Any]:
     """`constrain` with rules that may remember this tree, and with what constraints remember."""
     bound = bind(params)
-    new, kept = bound.map(
-        lambda constraint, w, own: constraint.advance(w, own), params, bound.recall(memory), step
-    )
+    new, kept = bound.map(_advance, params, bound.recall(memory), step=step, extra=extra)
     return new, like_before(memory, kept)
+
+
+def _advance(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
+    return constraint.advance(weights, memory)
 
 
 def memory_in(state: Any) -> Any:
@@ -230,6 +248,7 @@ def visits(
     *,
     step: jax.typing.ArrayLike,
     state: Any,
+    extra: Mapping[str, Any] | None,
     layout: Layout | None,
     strict: bool,
 ) -> Iterator[Visit]:
@@ -242,21 +261,22 @@ def visits(
     for leaf in bound:
         if state is None and leaf.remembers:
             raise ValueError(
-                f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
+                f"{verb}: {leaf.constraint} on {leaf.name!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
                 "(params, rules, state=state) with the state of an optimizer that has project "
                 "in it."
             )
     memory = {} if state is None else bound.recall(memory_in(state))
-    return bound.visits(params, memory, step)
+    return bound.visits(params, memory, step=step, extra=extra)
 
 
-def violations(
+def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
     params: Any,
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
     state: Any = None,
+    extra: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> dict[str, jax.Array]:
@@ -265,10 +285,8 @@ def violations(
     Args:
         params: Any tree of arrays.
         rules: As for `project`.
-        step: What schedules see.
-        state: The optimizer's state; needed if a bound is relative to init.
-        layout: As for `project`.
-        strict: As for `project`.
+        step, state, extra, layout, strict: As for `constrain`; a bound that is relative to init
+            needs the state.
 
     Returns:
         For the path of each constrained leaf the Euclidean distance to its projection, a
@@ -287,20 +305,32 @@ def violations(
     """
     distances: dict[str, jax.Array] = {}
     found = visits(
-        "violations", params, rules, step=step, state=state, layout=layout, strict=strict
+        "violations",
+        *(params, rules),
+        step=step,
+        state=state,
+        extra=extra,
+        layout=layout,
+        strict=strict,
     )
-    for bound, constraint, w, memory in found:
-        if constraint is not None:
-            away = distance(w, constraint, memory)
+    for bound, constraint, weights, memory in found:
+        if constraint is None:
+            continue
+        away = jax.tree.leaves(distance(weights, constraint, memory))
+        for path, own in zip(bound.paths, away, strict=True):
             # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
-            other = distances.get(bound.path)
-            distances[bound.path] = away if other is None else jnp.hypot(other, away)
+            other = distances.get(path)
+            distances[path] = own if other is None else jnp.hypot(other, own)
     return distances
 
 
-def distance(leaf: jax.Array, constraint: Constraint, memory: Any = ()) -> jax.Array:
-    """Euclidean distance of a leaf to its projection, a scalar in float32 or float64."""
-    dtype = _numerics.compute_dtype(leaf.dtype)
-    projected, _ = constraint.advance(leaf, memory)
-    difference = leaf.astype(dtype) - projected.astype(dtype)
-    return _numerics.norm(difference, None).reshape(())
+def distance(weights: Any, constraint: Constraint, memory: Any = ()) -> Any:
+    """Euclidean distance of each array to its projection, scalars in float32 or float64."""
+    projected, _ = constraint.advance(weights, memory)
+
+    def away(w: jax.Array, target: jax.Array) -> jax.Array:
+        dtype = _numerics.compute_dtype(w.dtype)
+        difference = w.astype(dtype) - target.astype(dtype)
+        return _numerics.norm(difference, None).reshape(())
+
+    return jax.tree.map(away, weights, projected)

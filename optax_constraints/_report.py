@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
+from optax_constraints._groups import Group
 from optax_constraints._patterns import Rules
 from optax_constraints._project import distance, visits
 from optax_constraints._rules import Visit
@@ -36,6 +38,14 @@ class Row:
     """Euclidean distance of the leaf to its set."""
     layer: str | None = None
     """Type of the layer that owns the leaf, where a layout was given."""
+    group: str | None = None
+    """The name of the group that the leaf is in: its rows stand together, and the first has the
+    units of all."""
+
+    @property
+    def _follows(self) -> bool:
+        """Whether an earlier row has what holds for the whole group."""
+        return self.group is not None and self.axis is None and self.units is None
 
     def _cells(self) -> dict[str, str]:
         def text(value: object) -> str:
@@ -47,7 +57,7 @@ class Row:
             "layer": self.layer or "",
             "shape": "x".join(map(str, self.shape)) or "scalar",
             "dtype": self.dtype,
-            "constraint": self.constraint or "free",
+            "constraint": "as above" if self._follows else self.constraint or "free",
             "axis": "-" if axis is None else axis or "none",
             "units": text(self.units),
             "at bound": text(self.at_bound),
@@ -94,12 +104,13 @@ class Report:
         return [text, f"furthest outside: {worst.outside:.3g} in {path}"]
 
 
-def report(
+def report(  # noqa: D417  # what verbs share is said once, in `constrain`
     params: Any,
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
     state: Any = None,
+    extra: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
     strict: bool = True,
 ) -> Report:
@@ -111,10 +122,8 @@ def report(
     Args:
         params: Any tree of arrays.
         rules: As for `project`.
-        step: What schedules see.
-        state: As for `violations`.
-        layout: As for `project`; the table then has a column for the type of each layer.
-        strict: As for `project`.
+        step, state, extra, layout, strict: As for `violations`; with a layout the table has a
+            column for the type of each layer.
 
     Returns:
         The report; print it, or read its `rows`.
@@ -134,22 +143,25 @@ def report(
         kernel  4x3    float32  MaxNorm(2)  0         3         3        0
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
-    found = visits("report", params, rules, step=step, state=state, layout=layout, strict=strict)
-    return Report(
-        tuple(
-            _row(visit)
-            for visit in found
-            if hasattr(visit.weights, "shape") or isinstance(visit.weights, (int, float, complex))
-        )
+    found = visits(
+        "report",
+        *(params, rules),
+        step=step,
+        state=state,
+        extra=extra,
+        layout=layout,
+        strict=strict,
     )
+    return Report(tuple(row for visit in found for row in _rows(visit)))
 
 
-def assert_feasible(
+def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constrain`
     params: Any,
     rules: Rules,
     *,
     step: jax.typing.ArrayLike = 0,
     state: Any = None,
+    extra: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
     strict: bool = True,
     tolerance: float = 16.0,
@@ -163,10 +175,8 @@ def assert_feasible(
     Args:
         params: Any tree of arrays.
         rules: As for `project`.
-        step: What schedules see: that of the last update, so the count of updates less 1.
-        state: As for `violations`.
-        layout: As for `project`.
-        strict: As for `project`.
+        step, state, extra, layout, strict: As for `violations`; `step` is that of the last
+            update, so the count of updates less 1.
         tolerance: How far outside rounding may lead: so many machine epsilons of a leaf's dtype
             times its norm. Elementwise sets have none.
 
@@ -187,19 +197,31 @@ def assert_feasible(
     """
     constrained, outside = 0, []
     found = visits(
-        "assert_feasible", params, rules, step=step, state=state, layout=layout, strict=strict
+        "assert_feasible",
+        *(params, rules),
+        step=step,
+        state=state,
+        extra=extra,
+        layout=layout,
+        strict=strict,
     )
-    for bound, constraint, w, memory in found:
+    for bound, constraint, weights, memory in found:
         if constraint is None:
             continue
-        constrained += 1
-        away = float(distance(w, constraint, memory))
-        norm = float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
-        rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(w.dtype) * norm
-        if not away <= rounding:  # also if it is NaN
-            shape = "x".join(map(str, w.shape)) or "scalar"
-            text = f"{bound.path} ({shape}, {w.dtype}) is {away:.3g} from {constraint}"
-            outside.append((-math.inf if math.isnan(away) else -away, text))
+        arrays = jax.tree.leaves(weights)
+        constrained += len(arrays)
+        norms = [
+            float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
+            for w in arrays
+        ]
+        away = map(float, jax.tree.leaves(distance(weights, constraint, memory)))
+        for path, w, own in zip(bound.paths, arrays, away, strict=True):
+            eps = max(_numerics.eps(w.dtype) for w in arrays)
+            rounding = 0 if constraint.elementwise else tolerance * eps * math.hypot(*norms)
+            if not own <= rounding:  # also if it is NaN
+                shape = "x".join(map(str, w.shape)) or "scalar"
+                text = f"{path} ({shape}, {w.dtype}) is {own:.3g} from {constraint}"
+                outside.append((-math.inf if math.isnan(own) else -own, text))
     if outside:
         worst = [f"  {text}" for _, text in sorted(outside)[:10]]
         verb = "is outside its set" if len(outside) == 1 else "are outside their sets"
@@ -216,27 +238,37 @@ def assert_feasible(
         )
 
 
-def _row(visit: Visit) -> Row:
+def _rows(visit: Visit) -> list[Row]:
+    """A row for each array of a leaf or group; the first says what holds for all."""
     bound, constraint, weights, memory = visit
-    leaf = jnp.asarray(weights)
-    layer = bound.layout.layer if bound.layout else None
+    if constraint is None and not hasattr(weights, "shape"):
+        if not isinstance(weights, (int, float, complex)):
+            return []
+        weights = jnp.asarray(weights)
+    rows = []
+    for path, layout, leaf in zip(
+        bound.paths, bound.layouts, jax.tree.leaves(weights), strict=True
+    ):
+        layer = layout.layer if layout else None
+        none = (None,) * 5
+        rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
-        return Row(
-            bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer
-        )
-    projected, _ = constraint.advance(leaf, memory)
-    at_bound = constraint.on_bound(projected)
-    return Row(
-        bound.path,
-        leaf.shape,
-        str(leaf.dtype),
-        str(constraint),
-        getattr(constraint, "axis", None),
-        None if at_bound is None else at_bound.size,
-        None if at_bound is None else int(at_bound.sum()),
-        float(distance(leaf, constraint, memory)),
-        layer,
+        return rows
+    at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
+    away = jax.tree.leaves(distance(weights, constraint, memory))
+    name = bound.name if bound.is_group else None
+    rows = [
+        dataclasses.replace(row, constraint=str(constraint), outside=float(own), group=name)
+        for row, own in zip(rows, away, strict=True)
+    ]
+    own = constraint.constraint if isinstance(constraint, Group) else constraint
+    rows[0] = dataclasses.replace(
+        rows[0],
+        axis=getattr(own, "axis", None),
+        units=None if at_bound is None else at_bound.size,
+        at_bound=None if at_bound is None else int(at_bound.sum()),
     )
+    return rows
 
 
 def _fit(widths: dict[str, int]) -> dict[str, int]:

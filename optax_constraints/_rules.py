@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,19 @@ import numpy as np
 import optax
 
 from optax_constraints._axes import Layout, LeafLayout
-from optax_constraints._constraint import Constraint, axis_names, is_own
-from optax_constraints._patterns import Rule, Rules, parse, unmatched
+from optax_constraints._constraint import Constraint, axis_names, has_args, is_own
+from optax_constraints._groups import Group, joined, spread
+from optax_constraints._patterns import (
+    Across,
+    Joint,
+    Rule,
+    Rules,
+    groups,
+    needs_layout,
+    parse,
+    unmatched,
+)
+from optax_constraints._patterns import Group as Named
 from optax_constraints._private import called_from_optax
 from optax_constraints._text import describe, shown, warn
 from optax_constraints._trees import (
@@ -27,52 +38,73 @@ from optax_constraints._trees import (
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A leaf's path, with its constraint, axes settled, or None for a leaf that is free."""
+    """A leaf, or a group of leaves, with its constraint, axes settled, or None if it is free."""
 
-    path: str
+    name: str
+    """The path of the leaf, or the name of the group."""
     constraint: Constraint | None
-    layout: LeafLayout | None = None
-    leaf: jax.ShapeDtypeStruct | None = None
-    """Shape and dtype of a leaf that is constrained."""
+    places: tuple[int, ...]
+    """The numbers of the leaves among those of the tree."""
+    paths: tuple[str, ...]
+    layouts: tuple[LeafLayout | None, ...]
+    leaves: tuple[jax.ShapeDtypeStruct | None, ...]
+    """Shapes and dtypes."""
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the constraint takes several arrays at once."""
+        return isinstance(self.constraint, Group)
+
+    @functools.cached_property
+    def needs_args(self) -> bool:
+        """Whether the constraint needs extra arguments of `tx.update`."""
+        return self.constraint is not None and has_args(self.constraint)
 
     @property
     def remembers(self) -> bool:
         """Whether the constraint does."""
         return self.constraint is not None and self.constraint.remembers
 
-    def remember(self, leaf: Any) -> Any:
-        """What the constraint remembers of the leaf."""
+    def of(self, leaves: Sequence[Any]) -> Any:
+        """What the constraint takes, out of all leaves: an array, or a tuple of them."""
+        own = tuple(leaves[place] for place in self.places)
+        return own if self.is_group else own[0]
+
+    def remember(self, weights: Any) -> Any:
+        """What the constraint remembers of its weights."""
         assert self.constraint is not None
         # A copy, lest the state and the parameters be one buffer, and both donated.
-        return jax.tree.map(jnp.array, self.constraint.remember(jnp.asarray(leaf)))
+        memory = self.constraint.remember(jax.tree.map(jnp.asarray, weights))
+        return jax.tree.map(jnp.array, memory)
 
     @functools.cached_property
     def memory(self) -> Any:
         """Structure, shapes and dtypes of what the constraint remembers."""
-        return jax.eval_shape(self.remember, self.leaf)
+        return jax.eval_shape(self.remember, self.leaves if self.is_group else self.leaves[0])
 
 
 class Visit(NamedTuple):
-    """What a verb sees of a leaf."""
+    """What a verb sees of a leaf or a group of leaves."""
 
     bound: Bound
     constraint: Constraint | None
     """The constraint with its numbers at one step; None if the leaf is free."""
     weights: Any
+    """An array, or those of a group in a tuple."""
     memory: Any
-    """What is remembered of the leaf, or ()."""
+    """What is remembered of them, or ()."""
 
 
 class Bindings:
     """Rules bound to one tree: what each verb walks over.
 
     Args:
-        bound: What holds for each leaf, in the order of `jax.tree.leaves`.
+        bound: What holds for each leaf or group, in the order of the tree.
     """
 
     def __init__(self, bound: list[Bound]):
         self._bound = bound
-        self._keys = list(_keys([b.path for b in bound]))
+        self._keys = list(_keys([b.name for b in bound]))
 
     def __iter__(self) -> Iterator[Bound]:
         return iter(self._bound)
@@ -85,13 +117,14 @@ class Bindings:
 
     def remember(self, params: Any) -> dict[str, Any]:
         """What constraints remember of the parameters at init, by key."""
-        leaves = dict(zip(self._keys, jax.tree.leaves(params), strict=True))
-        found = self._rememberers
-        if not any(isinstance(leaves[key], jax.ShapeDtypeStruct) for key in found):
-            return {key: bound.remember(leaves[key]) for key, bound in found.items()}
+        leaves = jax.tree.leaves(params)
+        found = {key: (bound, bound.of(leaves)) for key, bound in self._rememberers.items()}
+        weights = jax.tree.leaves([own for _, own in found.values()])
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in weights):
+            return {key: bound.remember(own) for key, (bound, own) in found.items()}
         # As Adam does, arrays of the right shapes. What should be put in their place and is not,
         # must not pass for norms.
-        return jax.tree.map(_unset, {key: bound.memory for key, bound in found.items()})
+        return jax.tree.map(_unset, {key: bound.memory for key, (bound, _) in found.items()})
 
     def recall(self, memory: Any) -> dict[str, Any]:
         """What a state remembers, as the constraints left it.
@@ -135,42 +168,55 @@ class Bindings:
         return jax.tree.map(jnp.asarray, have)
 
     def visits(
-        self, params: Any, memory: Mapping[str, Any], step: jax.typing.ArrayLike
+        self,
+        params: Any,
+        memory: Mapping[str, Any],
+        *,
+        step: jax.typing.ArrayLike,
+        extra: Mapping[str, Any] | None,
     ) -> Iterator[Visit]:
-        """Each leaf with its constraint at one step.
+        """Each leaf or group with its constraint at one step.
 
         Args:
             params: The parameters.
             memory: What `recall` returned.
             step: The step that schedules see.
+            extra: The extra arguments that `arg` reads.
 
         Yields:
-            A visit a leaf.
+            A visit for each.
         """
         leaves = jax.tree.leaves(params)
-        for key, bound, leaf in zip(self._keys, self._bound, leaves, strict=True):
-            if bound.constraint is None:
-                yield Visit(bound, None, leaf, ())
-            else:
-                constraint = bound.constraint.at(step)
-                yield Visit(bound, constraint, jnp.asarray(leaf), memory.get(key, ()))
+        for key, bound in zip(self._keys, self._bound, strict=True):
+            weights, constraint = bound.of(leaves), bound.constraint
+            if constraint is None:
+                yield Visit(bound, None, weights, ())
+                continue
+            constraint = constraint.at(step)
+            if bound.needs_args:
+                constraint = constraint.read({} if extra is None else extra, bound.name)
+            weights = jax.tree.map(jnp.asarray, weights)
+            yield Visit(bound, constraint, weights, memory.get(key, ()))
 
     def map(
         self,
         function: Callable[..., tuple[Any, Any]],
         params: Any,
         memory: Mapping[str, Any],
+        *,
         step: jax.typing.ArrayLike,
+        extra: Mapping[str, Any] | None,
         updates: Any = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Puts something else in the place of each constrained leaf.
 
         Args:
-            function: Takes a constraint, its leaf, what is remembered of that and, if there are
-                updates, its update; returns the new leaf and what to remember.
+            function: Takes a constraint, its weights, what is remembered of them and, if there
+                are updates, their update; returns what comes in their place and what to remember.
             params: The parameters.
             memory: What `recall` returned.
             step: The step that schedules see.
+            extra: The extra arguments that `arg` reads.
             updates: A tree like the parameters, where leaves that do not move may be absent.
 
         Returns:
@@ -178,19 +224,39 @@ class Bindings:
             updates; and by key what constraints now remember.
         """
         treedef = jax.tree.structure(params)
-        given = [None] * treedef.num_leaves if updates is None else treedef.flatten_up_to(updates)
-        new, kept = [], {}
-        visits = zip(self._keys, self.visits(params, memory, step), given, strict=True)
-        for key, (_, constraint, weights, own), update in visits:
-            result = weights if updates is None else update
-            if constraint is not None and updates is None:
+        new = jax.tree.leaves(params) if updates is None else treedef.flatten_up_to(updates)
+        kept = {}
+        visits = self.visits(params, memory, step=step, extra=extra)
+        for key, (bound, constraint, weights, own) in zip(self._keys, visits, strict=True):
+            if constraint is None:
+                continue
+            given = [new[place] for place in bound.places]
+            if updates is None:
                 result, own = function(constraint, weights, own)
-            elif constraint is not None and not is_absent(update):
-                result, own = function(constraint, weights, own, jnp.asarray(update))
-            if constraint is not None and constraint.remembers:
+            elif _moves(bound, given):
+                update = jax.tree.map(jnp.asarray, bound.of(new))
+                result, own = function(constraint, weights, own, update)
+            else:
+                result = tuple(given) if bound.is_group else given[0]
+            for place, leaf in zip(
+                bound.places, result if bound.is_group else (result,), strict=True
+            ):
+                new[place] = leaf
+            if constraint.remembers:
                 kept[key] = own
-            new.append(result)
         return treedef.unflatten(new), kept
+
+
+def _moves(bound: Bound, updates: list[Any]) -> bool:
+    """Whether there are updates; of a group, for all of its leaves or for none."""
+    absent = [path for path, u in zip(bound.paths, updates, strict=True) if is_absent(u)]
+    if absent and len(absent) < len(updates):
+        raise ValueError(
+            f"{bound.name!r} is constrained as one, and has updates for some of its leaves, but "
+            f"none for {', '.join(map(repr, absent))}. Update all of them or none, or leave those "
+            "out of the group."
+        )
+    return not absent
 
 
 def is_absent(update: Any) -> bool:
@@ -276,27 +342,40 @@ class Binder:
         return bound.remember(params) if jax.tree.leaves(params) else jnp.zeros(())
 
     def _bind(self, tree: Any) -> Bindings:
-        leaves = leaves_by_path(tree)
-        _check_not_flattened(leaves)
-        winners = []
-        matched, won = set(), set()
-        for path, leaf in leaves:
-            matching = [i for i, rule in enumerate(self._rules) if rule.matches(path, leaf)]
-            matched.update(matching)
-            won.update(matching[:1])
-            winners.append(self._rules[matching[0]] if matching else None)
+        named = leaves_by_path(tree)
+        _check_not_flattened(named)
+        leaves = [
+            _Leaf(place, path, leaf, self._leaf_layout(path))
+            for place, (path, leaf) in enumerate(named)
+        ]
+        matched: dict[int, list[_Leaf]] = {i: [] for i in range(len(self._rules))}
+        winners: dict[int, int] = {}
+        for leaf in leaves:
+            for i, rule in enumerate(self._rules):
+                if rule.matches(leaf.path, leaf.leaf, leaf.layout):
+                    matched[i].append(leaf)
+                    winners.setdefault(leaf.place, i)
         if self._strict and leaves:
-            self._check_all_used([path for path, _ in leaves], matched, won)
-            self._check_layout([path for path, _ in leaves])
-        checked: set[Any] = set()
-        bound = []
-        for (path, leaf), rule in zip(leaves, winners, strict=True):
-            layout = self._leaf_layout(path)
-            constraint = rule and _settle(rule, path, leaf, layout, checked)
-            known = shape_and_dtype(leaf)
-            abstract = None if known is None else jax.ShapeDtypeStruct(*known)
-            bound.append(Bound(path, constraint, layout, abstract))
-        return Bindings(bound)
+            self._check_all_used(leaves, matched, set(winners.values()))
+            self._check_layout([leaf.path for leaf in leaves])
+        bound = {leaf.place: _bind_leaf(None, leaf, set()) for leaf in leaves}
+        for i, rule in enumerate(self._rules):
+            checked: set[Any] = set()
+            if isinstance(rule.pattern, (Joint, Across)):
+                for group in groups(rule.pattern, matched[i]):
+                    own = [leaf for leaf in group.leaves if winners[leaf.place] == i]
+                    if own:
+                        _check_whole(rule, group, own)
+                        for leaf in group.leaves:
+                            del bound[leaf.place]
+                        # The block of a group stands where the first of its leaves is.
+                        first = min(leaf.place for leaf in group.leaves)
+                        bound[first] = _bind_group(rule, group)
+                continue
+            for leaf in matched[i]:
+                if winners[leaf.place] == i:
+                    bound[leaf.place] = _bind_leaf(rule, leaf, checked)
+        return Bindings([bound[place] for place in sorted(bound)])
 
     def _leaf_layout(self, path: str) -> LeafLayout | None:
         if self._layout is None:
@@ -312,12 +391,20 @@ class Binder:
                 "so on. Make it from the model that these parameters belong to."
             )
 
-    def _check_all_used(self, paths: list[str], matched: set[int], won: set[int]) -> None:
+    def _check_all_used(
+        self, leaves: "list[_Leaf]", matched: "dict[int, list[_Leaf]]", won: set[int]
+    ) -> None:
         for i, rule in enumerate(self._rules):
             if rule.pattern is None:
                 continue
-            if i not in matched:
-                raise ValueError(unmatched(rule, paths))
+            if needs_layout(rule.pattern) and self._layout is None:
+                raise ValueError(
+                    f"The rule {rule} goes by types of layers, which only the model knows; write "
+                    "layout=layout(model), from optax_constraints.flax."
+                )
+            if not matched[i]:
+                layers = {leaf.layout.layer for leaf in leaves if leaf.layout}
+                raise ValueError(unmatched(rule, [leaf.path for leaf in leaves], layers))
             if i not in won:
                 warn(
                     f"The rule {rule} does nothing: an earlier rule matches each of its leaves "
@@ -325,29 +412,84 @@ class Binder:
                 )
 
 
-def _settle(
-    rule: Rule, path: str, leaf: Any, layout: LeafLayout | None, checked: set[Any]
-) -> Constraint | None:
+class _Leaf(NamedTuple):
+    """A leaf of a tree."""
+
+    place: int
+    path: str
+    leaf: Any
+    layout: LeafLayout | None
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct | None:
+        known = shape_and_dtype(self.leaf)
+        return None if known is None else jax.ShapeDtypeStruct(*known)
+
+
+def _bind_leaf(rule: Rule | None, leaf: _Leaf, checked: set[Any]) -> Bound:
+    constraint = None
+    if rule is not None and rule.constraint is not None:
+        shape, dtype = _floating(rule, leaf)
+        constraint = rule.constraint.settle(leaf.path, shape, leaf.layout)
+        if (shape, dtype, leaf.layout) not in checked:
+            checked.add((shape, dtype, leaf.layout))
+            _check_keeps_shape(constraint, leaf.path, jax.ShapeDtypeStruct(shape, dtype))
+    return Bound(
+        leaf.path, constraint, (leaf.place,), (leaf.path,), (leaf.layout,), (leaf.abstract,)
+    )
+
+
+def _bind_group(rule: Rule, group: Named) -> Bound:
     if rule.constraint is None:
-        return None
-    known = shape_and_dtype(leaf)
-    if known is None or not jnp.issubdtype(known[1], jnp.floating):
-        what = type(leaf).__name__ if known is None else f"{describe(path, known[0])}, {known[1]}"
-        raise TypeError(
-            f"The rule {rule} names {path!r} ({what}), and only floating-point arrays can be "
-            f"constrained; leave it free with an earlier rule {path!r}: None."
+        raise ValueError(
+            f"The rule {rule}: None leaves a group free; write that for its leaves, as in "
+            f"{group.leaves[0].path!r}: None."
         )
-    shape, dtype = known
-    constraint = rule.constraint.settle(path, shape, layout)
-    key = id(rule.constraint), shape, dtype, layout
-    # What sums over an axis of a mesh cannot be tried where there is none.
-    if not is_own(constraint) and key not in checked and not axis_names(constraint):
-        checked.add(key)
-        _check_keeps_shape(constraint, path, jax.ShapeDtypeStruct(shape, dtype))
-    return constraint
+    arrays = tuple(jax.ShapeDtypeStruct(*_floating(rule, leaf)) for leaf in group.leaves)
+    places, paths, _, layouts = zip(*group.leaves, strict=True)
+    make = joined if isinstance(rule.pattern, Joint) else spread
+    constraint = make(group.name, rule.constraint, paths, arrays, layouts)
+    _check_keeps_shape(constraint.constraint, group.name, constraint.whole(arrays))
+    return Bound(group.name, constraint, places, paths, layouts, arrays)
+
+
+def _check_whole(rule: Rule, group: Named, own: list[_Leaf]) -> None:
+    """Raises if a rule does not have all leaves of a group."""
+    taken = [repr(leaf.path) for leaf in group.leaves if leaf not in own]
+    if taken:
+        raise ValueError(
+            f"The rule {rule} takes the leaves of {group.name!r} as one, and an earlier rule has "
+            f"taken {', '.join(taken)}. Put this rule first, or leave those out of its patterns."
+        )
+    if group.missing:
+        paths = ", ".join(repr(leaf.path) for leaf in own)
+        raise ValueError(
+            f"The rule {rule} takes leaves of one parent as one, and beside {paths} there is none "
+            f"that matches {', '.join(map(repr, group.missing))}. Write an earlier rule for what "
+            f"stands alone, such as {own[0].path!r}: None."
+        )
+
+
+def _floating(rule: Rule, leaf: _Leaf) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf that can be constrained."""
+    known = shape_and_dtype(leaf.leaf)
+    if known is None or not jnp.issubdtype(known[1], jnp.floating):
+        what = (
+            type(leaf.leaf).__name__
+            if known is None
+            else f"{describe(leaf.path, known[0])}, {known[1]}"
+        )
+        raise TypeError(
+            f"The rule {rule} names {leaf.path!r} ({what}), and only floating-point arrays can be "
+            f"constrained; leave it free with an earlier rule {leaf.path!r}: None."
+        )
+    return known
 
 
 def _check_keeps_shape(constraint: Constraint, path: str, leaf: jax.ShapeDtypeStruct) -> None:
+    # What sums over an axis of a mesh cannot be tried where there is none, nor what reads `arg`.
+    if is_own(constraint) or axis_names(constraint) or has_args(constraint):
+        return
     try:
         out = jax.eval_shape(constraint.at(0), leaf)
     except Exception as error:

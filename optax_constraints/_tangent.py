@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_constraints._axes import Layout
+from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
 from optax_constraints._rules import Binder, Bindings
 
@@ -70,7 +71,7 @@ def tangent(
         for leaf in bound:
             if leaf.constraint is not None and not leaf.constraint.smooth:
                 raise ValueError(
-                    f"tangent: {leaf.constraint} on {leaf.path!r} is not known to be a smooth "
+                    f"tangent: {leaf.constraint} on {leaf.name!r} is not known to be a smooth "
                     "set. At a corner or on a boundary the directions that stay in a set are no "
                     "linear space, so that a gradient there has no tangent part. Give this leaf "
                     "None in the rules of tangent; in a class of your own for a smooth set, "
@@ -83,17 +84,19 @@ def tangent(
         return TangentState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, TangentState]:
-        del extra_args
         if params is None:
             raise ValueError("tangent needs the parameters; write tx.update(grads, state, params).")
         # The weights are where the last update of `project` has put them.
         step = jnp.maximum(state.updates_seen - 1, 0)
-        new, _ = bound_to(params).map(
-            lambda constraint, w, _, u: (constraint.tangent(w, u), ()), params, {}, step, updates
-        )
+        bound = bound_to(params)
+        new, _ = bound.map(_tangent, params, {}, step=step, extra=extra, updates=updates)
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
         return new, TangentState(seen)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _tangent(constraint: Constraint, weights: Any, _: Any, updates: Any) -> tuple[Any, Any]:
+    return constraint.tangent(weights, updates), ()

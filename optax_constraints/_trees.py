@@ -1,7 +1,7 @@
 """Trees of parameters: paths of their leaves, boxes around them, and what comes back of a save."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,23 +10,25 @@ import numpy as np
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 
-def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+def leaves_by_path(
+    tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
+) -> list[tuple[str, Any]]:
     """The leaves of a tree in the order of `jax.tree.leaves`, each with its path.
 
     The path is the keys joined by "/". The attribute `value` under which Flax's variables and
     boxes hold their array is left out; a key, field or attribute of that name elsewhere is not.
     """
-    return [(path_of(keys), leaf) for keys, leaf in _walk(tree)]
+    return [(path_of(keys), leaf) for keys, leaf in _walk(tree, is_leaf)]
 
 
-def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _walk(tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if _is_box(tree):
         for (key,), node in tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]:
-            for rest, leaf in _walk(node):
+            for rest, leaf in _walk(node, is_leaf):
                 yield (_BOXED if key == GetAttrKey("value") else key, *rest), leaf
         return
-    for keys, node in tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
-        for rest, leaf in _walk(node) if _is_box(node) else [((), node)]:
+    for keys, node in tree_flatten_with_path(tree, is_leaf=lambda x: _is_box(x) or is_leaf(x))[0]:
+        for rest, leaf in _walk(node, is_leaf) if _is_box(node) else [((), node)]:
             yield (*keys, *rest), leaf
 
 

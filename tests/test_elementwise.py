@@ -88,7 +88,7 @@ def test_entries_that_are_held_at_zero_are_at_their_bound():
         (([1, 2], [3, 4, 5]), ValueError, "lower has shape (2,) and upper (3,), which do not"),
         (([0, np.nan], None), ValueError, "lower=[0, nan] has a NaN"),
         ((float("nan"), None), ValueError, "lower=nan is not allowed"),
-        (("0", None), TypeError, "lower='0' is not a number"),
+        (("zero", None), ValueError, "lower='zero' is not a number"),
         ((["a"], None), TypeError, "lower=['a'] is not an array of real numbers"),
         (([[0], [0, 1]], None), TypeError, "is not an array of real numbers"),
     ],

@@ -421,14 +421,31 @@ def test_the_root_mean_square_of_one_entry_is_its_size():
 
 def test_leaves_take_turns():
     # XLA's CPU backend would keep the candidates of all leaves at once.
-    w, empty = weights(), jnp.zeros((3, 0), WIDEST)
-    *_, after = oc.max_norm(1.0).update(w, w)
-    assert after is not None
-    assert after.shape == ()
-    assert oc.max_norm(1.0).update(empty, empty, after=after)[-1] is after
-    program = jax.make_jaxpr(lambda after: oc.max_norm(1.0).update(w, w, after=after)[0])(after)
-    (turn,) = program.jaxpr.invars
-    assert any(turn in eqn.invars for eqn in program.eqns)
+    leaves, width = 4, 256
+    params = {f"Dense_{i}": weights(shape=(width, width), seed=i) for i in range(leaves)}
+    tx = optax.chain(optax.adam(0.1), oc.project(oc.unit_norm()))
+    state = tx.init(params)
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    analysis = jax.jit(step).lower(params, state, params).compile().memory_analysis()
+    leaf = params["Dense_0"].nbytes
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 1.5 * leaf
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_what_waits_for_its_turn_stays_the_same_to_the_bit(dtype):
+    special = [0.0, -0.0, 1.5, -np.inf, np.inf, np.nan, float(jnp.finfo(dtype).tiny)]
+    x = jnp.asarray([*special, float(jnp.finfo(dtype).max)], dtype)
+    for before in (jnp.asarray(v, jnp.float32) for v in (0.0, -0.0, 3.0, -np.inf, np.nan)):
+        waits = jax.jit(_numerics.in_turn)
+        assert bits(waits(x, before[None])) == bits(x)
+        assert before.ndim == 0
+        assert "population_count" in str(jax.make_jaxpr(_numerics.in_turn)(x, before))
+    assert _numerics.in_turn(x, x) is x  # nothing is ordered outside of jit
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)

@@ -292,7 +292,7 @@ def test_units_of_top_k_and_groups_of_nm_that_are_full():
         (float("nan"), ValueError, r"k=nan is not allowed"),
         (2**40, ValueError, r"is not allowed"),
         (True, TypeError, r"k=True is not a number"),
-        ("half", TypeError, r"k='half' is not a number"),
+        ("half", ValueError, r"k='half' is not a number"),
         (np.arange(2), ValueError, r"has shape \(2,\); write one number"),
     ],
 )

@@ -1,5 +1,6 @@
 """The package as users install it, and the files that must agree with each other."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -11,9 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cases import CASES
 
 import optax_constraints as oc
-from optax_constraints import _config
+from optax_constraints import _config, _constraint
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -44,38 +46,46 @@ def test_readme_and_changelog_name_the_versions_there_are():
     assert f"## [{oc.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+SETS = [cls for cls in _constraint.own_classes if cls is not oc.Constraint]
+
+
+@pytest.mark.parametrize("cls", SETS, ids=lambda cls: cls.__name__)
+def test_a_set_is_wherever_people_look(cls):
+    alias = _config.snake_case(cls.__name__)
+    family = cls.__module__
+    assert getattr(importlib.import_module(family), alias, None) is cls, (
+        f"write {alias} = {cls.__name__} below the class, in {family}"
+    )
+    for name in (cls.__name__, alias):
+        assert getattr(oc, name, None) is cls, (
+            f"write `from {family} import {name} as {name}` in optax_constraints/__init__.py"
+        )
+        assert _config._registry[name] is cls
+    for file, what in (("README.md", "the table of sets"), ("docs/choosing.md", "a table")):
+        text = (ROOT / file).read_text()
+        assert re.search(rf"`[^`\n]*\b{alias}\(", text), f"write `{alias}(...)` in {what} of {file}"
+    cases = {type(part) for case in CASES for part in _constraint.parts_of(case.constraint)}
+    assert cls in cases or cls in NO_SETS, (
+        f"write a Case with {alias}(...) in tests/cases/{family.rpartition('.')[2]}.py"
+    )
+
+
+# It promises nothing that a set does; tests/test_args.py has its tests.
+NO_SETS = {oc.Scale}
+
+
 def test_the_public_names():
     public = {
         name
         for name, thing in vars(oc).items()
         if not name.startswith("_") and not isinstance(thing, types.ModuleType)
     }
-    sets = re.findall(
-        r"\w+",
-        """
-        MaxNorm MinMaxNorm UnitNorm FixedNorm MaxRMS NonNeg Box Mask ZeroDiagonal Grid Simplex
-        L1Ball SumTo CenterAround HalfSpace Hyperplane Monotone TopK NM Orthogonal MaxSpectralNorm
-        NuclearNormBall LowRank Symmetric SkewSymmetric PositiveSemidefinite DoublyStochastic
-        Radial Soft Compose Intersection Stacked Part
-        """,
-    )
-    aliases = re.findall(
-        r"\w+",
-        """
-        max_norm min_max_norm unit_norm fixed_norm max_rms non_neg box mask zero_diagonal grid
-        simplex l1_ball sum_to center_around half_space hyperplane monotone top_k nm orthogonal
-        max_spectral_norm nuclear_norm_ball low_rank symmetric skew_symmetric
-        positive_semidefinite doubly_stochastic radial soft compose intersection stacked part
-        """,
-    )
-    for name, alias in zip(sets, aliases, strict=True):
-        assert getattr(oc, alias) is getattr(oc, name)
-        assert _config._registry[alias] is _config._registry[name] is getattr(oc, name)
-    classes = {"Constraint", *sets}
+    sets = {name for cls in SETS for name in (cls.__name__, _config.snake_case(cls.__name__))}
     verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible"}
-    verbs |= {"ProjectState", "TangentState", "Report"}
+    verbs |= {"ProjectState", "TangentState", "Report", "Constraint"}
     identifiers = {"get", "serialize", "deserialize", "register"}
-    assert public == classes | set(aliases) | verbs | identifiers
+    rules = {"arg", "joint", "across", "of_layer", "rules_from_tree"}
+    assert public == sets | verbs | identifiers | rules
 
 
 CHECK = """

@@ -292,7 +292,7 @@ def test_schedules_and_traced_numbers():
         (lambda: Simplex(-1.0), ValueError, "Simplex: total=-1.0 is not allowed"),
         (lambda: Simplex(np.inf), ValueError, "Simplex: total=inf is not allowed"),
         (lambda: L1Ball(np.nan), ValueError, "L1Ball: radius=nan is not allowed"),
-        (lambda: L1Ball("1"), TypeError, "L1Ball: radius='1' is not a number"),
+        (lambda: L1Ball("one"), ValueError, "L1Ball: radius='one' is not a number"),
         (lambda: SumTo(np.inf), ValueError, "SumTo: value=inf is not allowed"),
         (lambda: CenterAround(np.nan), ValueError, "CenterAround: ref_value=nan"),
         (lambda: Simplex(axis=(0, 0)), ValueError, "names an axis twice"),

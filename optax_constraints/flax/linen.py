@@ -605,11 +605,14 @@ class TrainState(train_state.TrainState):
             if not isinstance(value, box):
                 object.__setattr__(self, name, box(value))
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+    def apply_gradients(
+        self, *, grads: Any, extra: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> "TrainState":
         """Updates the parameters, then projects them.
 
         Args:
             grads: Gradients, a tree like `params`.
+            extra: What `arg` in the rules reads, by name.
             **kwargs: Other fields to replace.
 
         Returns:
@@ -618,7 +621,7 @@ class TrainState(train_state.TrainState):
         new = super().apply_gradients(grads=grads, **kwargs)
         inner, rebuild = _parameters(new.params)
         bind = binder(self.rules, self.layout)
-        params, memory = constrain_bound(inner, bind, self.step, self.memory)
+        params, memory = constrain_bound(inner, bind, self.memory, step=self.step, extra=extra)
         return new.replace(params=rebuild(params), memory=memory)
 
     @classmethod
@@ -659,7 +662,8 @@ class TrainState(train_state.TrainState):
         bind = binder(*held)
         inner, _ = _parameters(params)
         memory = bind.start(inner)
-        jax.eval_shape(lambda p: constrain_bound(p, bind, 0, memory), inner)
+        if not any(bound.needs_args for bound in bind(inner)):
+            jax.eval_shape(lambda p: constrain_bound(p, bind, memory, step=0, extra=None), inner)
         return super().create(
             apply_fn=apply_fn,
             params=params,

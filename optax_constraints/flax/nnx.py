@@ -578,7 +578,9 @@ class Optimizer(nnx.Optimizer):
         step = jnp.asarray(self.step[...], jnp.int32)
         updates = super().update(model, grads, **kwargs)
         memory = jax.tree.map(lambda held: held[...], self.memory, is_leaf=_is_variable)
-        params, memory = constrain_bound(nnx.state(model, self.wrt), self._bind(), step, memory)
+        params, memory = constrain_bound(
+            nnx.state(model, self.wrt), self._bind(), memory, step=step, extra=kwargs
+        )
         nnx.update(model, params)
         jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
         return updates

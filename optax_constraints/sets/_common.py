@@ -1,8 +1,11 @@
 """What the families share: units along axes, and matrices."""
 
+import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,15 @@ from optax_constraints._axes import (
     remove_axes,
     settle_axis,
 )
-from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._constraint import Constraint, difference, moved, own_arrays
+from optax_constraints._numbers import check_numbers
+from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets.combinators import Stacked
+
+Parts: TypeAlias = tuple[jax.Array, ...]
+"""One array, or several that belong together."""
 
 
 def widen(owner: str, w: jax.Array) -> jax.Array:
@@ -33,6 +41,107 @@ def widen(owner: str, w: jax.Array) -> jax.Array:
     return w.astype(_numerics.compute_dtype(w.dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The units of an array, or the one unit that several arrays make up together.
+
+    What is reduced over the units of one array keeps their axes with length 1; over several
+    arrays it is a scalar. So in both cases it broadcasts to each array.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    """For each array the axes along which its units run."""
+
+    @classmethod
+    def one(cls, parts: Parts) -> "Units":
+        """Arrays that are one unit."""
+        return cls(tuple(tuple(range(part.ndim)) for part in parts))
+
+    def reduce(self, function: Any, combine: Any, parts: Parts) -> jax.Array:
+        """A reduction of `jnp` such as `jnp.sum`, and what combines two of its results."""
+        keep = len(self.axes) == 1
+        pairs = zip(parts, self.axes, strict=True)
+        return functools.reduce(
+            combine, [function(part, axis=axis, keepdims=keep) for part, axis in pairs]
+        )
+
+    def sum(self, parts: Parts) -> jax.Array:
+        """The sum of each unit."""
+        return self.reduce(jnp.sum, operator.add, parts)
+
+    def count(self, parts: Parts) -> jax.Array:
+        """How many bools of each unit are true."""
+        return self.reduce(functools.partial(jnp.sum, dtype=jnp.int32), operator.add, parts)
+
+    def max(self, parts: Parts) -> jax.Array:
+        """The largest entry of each unit."""
+        return self.reduce(jnp.max, jnp.maximum, parts)
+
+    def min(self, parts: Parts) -> jax.Array:
+        """The least entry of each unit."""
+        return self.reduce(jnp.min, jnp.minimum, parts)
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """The shape of what is reduced over the units."""
+        if len(self.axes) > 1:
+            return ()
+        ((part, axes),) = zip(parts, self.axes, strict=True)
+        return tuple(1 if a in axes else n for a, n in enumerate(part.shape))
+
+    def size(self, parts: Parts) -> int:
+        """How many entries a unit has."""
+        pairs = zip(parts, self.axes, strict=True)
+        return sum(math.prod(part.shape[a] for a in axes) for part, axes in pairs)
+
+
+Terms: TypeAlias = tuple[Parts, ...]
+"""Arrays as sums: of each its weights, and their update if there is one."""
+
+
+def totals(terms: Terms, after: jax.Array | None = None) -> Parts:
+    """The arrays that are the sums of others.
+
+    In a loop over several arrays `after` is its state: what depends on that is computed anew in
+    each turn, and not once before the loop, which would need a copy of them all.
+    """
+
+    def total(*own: jax.Array) -> jax.Array:
+        *rest, last = own
+        return functools.reduce(moved, (*rest, in_turn(last, after if len(terms) > 1 else None)))
+
+    return tuple(total(*own) for own in terms)
+
+
+class InParts(Constraint):
+    """Base of the sets that can project a vector whose parts are arrays in several places."""
+
+    def remember_parts(self, parts: Parts) -> Any:
+        """`remember` of the vector."""
+        del parts
+        return ()
+
+    def advance_parts(self, parts: Parts, memory: Any) -> tuple[Parts, Any]:
+        """`advance` of the vector, without a copy of it."""
+        return self._onto(tuple((part,) for part in parts), Units.one(parts)), memory
+
+    def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> Any:
+        """`prepare` of the vector."""
+        del params, updates, memory
+        return None
+
+    def update_parts(
+        self, params: Parts, updates: Parts, memory: Any, prepared: Any
+    ) -> tuple[Parts, Any]:
+        """`update` of the vector."""
+        del prepared
+        target = self._onto(tuple(zip(params, updates, strict=True)), Units.one(params))
+        return jax.tree.map(difference, target, params, updates), memory
+
+    def _onto(self, terms: Terms, units: Units) -> Parts:
+        """Projects the units of what the terms sum to."""
+        raise NotImplementedError
+
+
 class UnitSet(Constraint):
     """Base of the sets that hold for each unit: one slice of the weights along `axis`."""
 
@@ -41,12 +150,20 @@ class UnitSet(Constraint):
 
     def __post_init__(self):
         own_arrays(self)
+        check_numbers(self)
         object.__setattr__(self, "axis", check_axis(type(self).__name__, self.axis))
 
     def _widen(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         """The weights in the dtype of their sums, and the axes of a unit."""
-        name = type(self).__name__
-        return widen(name, w), settle_axis(name, self.axis, w.shape)
+        return widen(type(self).__name__, w), self._axes(w)
+
+    def _axes(self, w: jax.Array) -> tuple[int, ...]:
+        """The axes of a unit."""
+        return settle_axis(type(self).__name__, self.axis, w.shape)
+
+    def _units(self, w: jax.Array) -> Units:
+        """The units of one array."""
+        return Units((self._axes(w),))
 
 
 class MatrixSet(Constraint):
@@ -65,6 +182,7 @@ class MatrixSet(Constraint):
 
     def __post_init__(self):
         own_arrays(self)
+        check_numbers(self)
         object.__setattr__(self, "axis", check_axis(type(self).__name__, self.axis))
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -135,16 +253,16 @@ class MatrixSet(Constraint):
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
-        """This constraint with `"fan_in"` as axes of one leaf, layer by layer of a stack."""
+        """This constraint for one leaf, `"fan_in"` layer by layer of a stack."""
+        settled = cast(MatrixSet, super().settle(path, shape, layout))
         if self.axis is None:
             self._check(path, shape)
-            return self
-        axis = settle_axis(type(self).__name__, self.axis, shape, path, layout)
+            return settled._replace(axis=None)
+        axis = cast(tuple[int, ...], settled.axis)
         stacked = layout.stacked if layout is not None else ()
         if not stacked or self.axis != "fan_in":
-            settled = self._replace(axis=axis)
             settled._check(path, shape)
             return settled
-        inner = self._replace(axis=remove_axes(axis, stacked))
+        inner = settled._replace(axis=remove_axes(axis, stacked))
         inner._check(path, drop_axes(shape, stacked))
         return Stacked(inner, stacked)

@@ -19,12 +19,11 @@ from optax_constraints._axes import (
     check_axis,
     drop_axes,
     insert_axes,
-    remove_axes,
     settle_axis,
 )
 from optax_constraints._config import as_constraint, builtin
 from optax_constraints._constraint import Constraint, axis_names, own_arrays
-from optax_constraints._numbers import Number, check_number, is_number, number, value
+from optax_constraints._numbers import Number, check_numbers, is_number, number, value
 from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
 
@@ -36,7 +35,7 @@ def _part(owner: str, given: Any) -> Constraint:
     return constraint
 
 
-class _Around(Constraint):
+class Around(Constraint):
     """Base of what is made of one constraint, and is of its kind."""
 
     constraint: Any
@@ -67,7 +66,7 @@ class _Around(Constraint):
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stacked(_Around):
+class Stacked(Around):
     """Each slice along `axis` lies in the set of another constraint, by itself.
 
     For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The
@@ -144,12 +143,9 @@ class Stacked(_Around):
     ) -> Constraint:
         """The constraint with its axes, and those of the constraint inside, settled."""
         axes = settle_axis("Stacked", self.axis, shape, path)
-        own_layout = layout and LeafLayout(
-            layout.layer,
-            None if layout.fan_in is None else remove_axes(layout.fan_in, axes),
-            remove_axes(layout.stacked, axes),
+        inner = self.constraint.settle(
+            path, drop_axes(shape, axes), layout and layout.without(axes)
         )
-        inner = self.constraint.settle(path, drop_axes(shape, axes), own_layout)
         if inner.unitwise:
             return inner._replace(axis=insert_axes(inner.axis, axes))
         return self._replace(constraint=inner, axis=axes)
@@ -174,7 +170,7 @@ stacked = Stacked
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Soft(_Around):
+class Soft(Around):
     """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
 
     What a hard projection does in one step, this does over about ``1 / rate`` of them: weights
@@ -199,12 +195,12 @@ class Soft(_Around):
     """
 
     constraint: Any
-    rate: Number = number()
+    rate: Number = number(low=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()
         own_arrays(self)
-        check_number("Soft", "rate", self.rate, low=0, high=1)
+        check_numbers(self)
 
     @property
     def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -239,8 +235,9 @@ class Soft(_Around):
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
-        """The constraint with the axes of the constraint inside settled."""
-        return self._replace(constraint=self.constraint.settle(path, shape, layout))
+        """The constraint with the constraint inside settled."""
+        settled = super().settle(path, shape, layout)
+        return settled._replace(constraint=self.constraint.settle(path, shape, layout))
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary of the set inside."""
@@ -252,7 +249,7 @@ soft = Soft
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part(_Around):
+class Part(Around):
     """One part of an array lies in the set of another constraint, and the rest is free.
 
     For parameters that hold several things in one array: the gates of a recurrent kernel, a
@@ -345,12 +342,8 @@ class Part(_Around):
         """The constraint with the axes of the constraint inside settled for the part."""
         index = self._index(path, shape)
         gone = _dropped_axes(index, len(shape))
-        own_layout = layout and LeafLayout(
-            layout.layer,
-            None if layout.fan_in is None else remove_axes(layout.fan_in, gone),
-            remove_axes(layout.stacked, gone),
-        )
-        inner = self.constraint.settle(path, _part_shape(shape, index), own_layout)
+        part = _part_shape(shape, index)
+        inner = self.constraint.settle(path, part, layout and layout.without(gone))
         return self._replace(constraint=inner)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
@@ -459,6 +452,10 @@ class _Several(Constraint):
     def at(self, step: jax.typing.ArrayLike) -> Constraint:
         """This constraint with each schedule inside replaced by its value."""
         return self._replace(constraints=tuple(c.at(step) for c in self.constraints))
+
+    def read(self, extra: Mapping[str, Any], path: str) -> Constraint:
+        """This constraint with a value in the place of each `arg` inside."""
+        return self._replace(constraints=tuple(c.read(extra, path) for c in self.constraints))
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None

@@ -13,10 +13,10 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_constraints import _numerics
-from optax_constraints._axes import LeafLayout
+from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
-from optax_constraints._numbers import check_number, number, value
+from optax_constraints._numbers import Arg, check_number, is_schedule, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
@@ -39,6 +39,18 @@ def _array(owner: str, name: str, given: Any) -> np.ndarray | jax.Array:
             f"{owner}: {name}={shown(given)} is not an array of real numbers."
         ) from None
     return array
+
+
+def _check_bound(owner: str, constraint: Constraint, name: str) -> None:
+    """Checks a hyperparameter that is a number or an array, and makes arrays of lists."""
+    given = getattr(constraint, name)
+    if not isinstance(given, (list, tuple)) and np.ndim(given) == 0:
+        check_number(owner, name, given)
+        return
+    array = _array(owner, name, given)
+    if _is_concrete(array) and np.any(np.isnan(np.asarray(array, np.float64))):
+        raise ValueError(f"{owner}: {name}={shown(given)} has a NaN; write numbers.")
+    object.__setattr__(constraint, name, array)
 
 
 def _check_broadcasts(
@@ -155,20 +167,14 @@ class Box(_Elementwise):
         Array([-0.01,  0.01], dtype=float32)
     """
 
-    lower: Any = number(None)
-    upper: Any = number(None)
+    lower: Any = number(None, array=True)
+    upper: Any = number(None, array=True)
 
     def __post_init__(self):
         own_arrays(self)
         for name in ("lower", "upper"):
-            bound = getattr(self, name)
-            if isinstance(bound, (list, tuple)) or np.ndim(cast(Any, bound)) > 0:
-                array = _array("Box", name, bound)
-                if _is_concrete(array) and np.any(np.isnan(np.asarray(array, np.float64))):
-                    raise ValueError(f"Box: {name}={shown(bound)} has a NaN; write numbers.")
-                object.__setattr__(self, name, array)
-            elif bound is not None:
-                check_number("Box", name, bound)
+            if getattr(self, name) is not None:
+                _check_bound("Box", self, name)
         if self.lower is None and self.upper is None:
             raise ValueError("Box: with neither lower nor upper it allows everything; write one.")
         shapes = [
@@ -181,20 +187,22 @@ class Box(_Elementwise):
                 f"Box: lower has shape {shapes[0]} and upper {shapes[1]}, which do not broadcast; "
                 "write two of the shape of the weights."
             ) from None
+        self._check_order("Box")
+
+    def _check_order(self, where: str) -> None:
         if (
             _is_concrete(self.lower)
             and _is_concrete(self.upper)
             and np.any(np.asarray(self.lower) > np.asarray(self.upper))
         ):
             raise ValueError(
-                f"Box: lower={shown(self.lower)} is above upper={shown(self.upper)}; swap them or "
-                "widen the interval."
+                f"{where}: lower={shown(self.lower)} is above upper={shown(self.upper)}; swap them "
+                "or widen the interval."
             )
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape to which the bounds broadcast."""
         w = jnp.asarray(w)
-        self.settle("", w.shape)
         return _clipped(w, *self._bounds(w))
 
     def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
@@ -203,6 +211,7 @@ class Box(_Elementwise):
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The bounds in the dtype and with the number of axes of the weights."""
+        self._check_bounds(None, w.shape)
         lower, upper = (
             None if bound is None else _beside(value(bound, w.dtype), w)
             for bound in (self.lower, self.upper)
@@ -212,11 +221,16 @@ class Box(_Elementwise):
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
-        """This constraint, if its bounds broadcast to the leaf."""
-        del layout
+        """This constraint for one leaf, to which its bounds have to broadcast."""
+        settled = cast(Box, super().settle(path, shape, layout))
+        settled._check_bounds(path, shape)
+        return settled
+
+    def _check_bounds(self, path: str | None, shape: tuple[int, ...]) -> None:
         for name in ("lower", "upper"):
-            _check_broadcasts("Box", name, getattr(self, name), path, shape)
-        return self
+            if not isinstance(bound := getattr(self, name), (str, Arg)):
+                _check_broadcasts("Box", name, bound, path, shape)
+        self._check_order(f"Box on {describe(path, shape)}" if path else "Box")
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are at one of their bounds."""
@@ -230,7 +244,7 @@ box = Box
 
 def _is_concrete(bound: Any) -> bool:
     """Whether this process can read the numbers of a bound."""
-    if bound is None or callable(bound) or isinstance(bound, Tracer):
+    if bound is None or callable(bound) or isinstance(bound, (Tracer, str, Arg)):
         return False
     return not isinstance(bound, jax.Array) or bound.is_fully_addressable
 
@@ -458,3 +472,76 @@ class Grid(_Elementwise):
 
 
 grid = Grid
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale(Constraint):
+    """Multiplies the weights. Not a set: a second call multiplies once more.
+
+    For what a training loop decides anew in each step, such as QK-clip (Kimi Team, "Kimi K2: Open
+    agentic intelligence", 2025), which shrinks the projections of each attention head by a factor
+    that the forward pass has measured: ``scale(arg("gamma"), axis=(0, 2))`` for a kernel (in,
+    heads, depth) with one factor a head. A factor of 1 gives the weights back bit for bit. One
+    pass over the weights, which fuses with the optimizer's own.
+
+    Since `constrain` and `violations` apply it like any other constraint, weights count as outside
+    wherever the factor is not 1.
+
+    Args:
+        factor: A number, a JAX scalar, a schedule, an array, or `arg`. An array of as many axes as
+            the weights broadcasts to them; one of fewer axes has a number for each unit.
+        axis: The axes along which one unit runs, as for `MaxNorm`. With None, arrays of fewer axes
+            broadcast as in NumPy.
+
+    Raises:
+        TypeError: If `factor` is no number and no array, or `axis` is no axis.
+        ValueError: If `factor` is NaN; on a leaf, if it does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.scale([1.0, 0.5], axis=0)(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+        Array([[1., 1.],
+               [3., 2.]], dtype=float32)
+    """
+
+    factor: Any = number(array=True)
+    axis: Axis = None
+
+    def __post_init__(self):
+        own_arrays(self)
+        _check_bound("Scale", self, "factor")
+        object.__setattr__(self, "axis", check_axis("Scale", self.axis))
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Multiplies one floating-point array; computes in float32 or wider."""
+        w = jnp.asarray(w)
+        wide = w.astype(_numerics.compute_dtype(w.dtype))
+        factor = value(self.factor, wide.dtype)
+        factor = factor.reshape(self._shape(None, w.shape, factor.shape))
+        return automatic(lambda wide, factor: wide * factor, wide, factor).astype(w.dtype)
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint for one leaf, to which its factor has to broadcast."""
+        settled = cast(Scale, super().settle(path, shape, layout))
+        if not isinstance(settled.factor, (str, Arg)) and not is_schedule(settled.factor):
+            settled._shape(path, shape, np.shape(cast(Any, settled.factor)))
+        return settled if self.axis is not None else settled._replace(axis=None)
+
+    def _shape(
+        self, path: str | None, shape: tuple[int, ...], own: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The shape with which a factor broadcasts to the weights."""
+        if len(own) < len(shape) and own and self.axis is not None:
+            units = drop_axes(range(len(shape)), settle_axis("Scale", self.axis, shape, path))
+            filled = (1,) * (len(units) - len(own)) + own
+            if len(units) == len(filled):
+                own = tuple(filled[units.index(a)] if a in units else 1 for a in range(len(shape)))
+        _check_broadcasts("Scale", "factor", np.empty(own, bool), path, shape)
+        return (1,) * (len(shape) - len(own)) + own
+
+
+scale = Scale

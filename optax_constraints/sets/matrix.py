@@ -17,7 +17,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
-from optax_constraints._numbers import Number, check_number, number, value
+from optax_constraints._numbers import Number, number, value
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe
 from optax_constraints.sets._common import MatrixSet, widen
@@ -170,10 +170,6 @@ class PositiveSemidefinite(MatrixSet):
     square = True
     min_eigenvalue: Number = number(0.0)
     axis: Axis = None
-
-    def __post_init__(self):
-        check_number("PositiveSemidefinite", "min_eigenvalue", self.min_eigenvalue)
-        super().__post_init__()
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _project_positive(a, value(self.min_eigenvalue, a.dtype)) if a.size else a

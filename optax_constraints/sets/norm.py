@@ -7,22 +7,32 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 
 import dataclasses
 import math
-import re
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from optax_constraints import _numerics
-from optax_constraints._axes import Axis
+from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Number, check_number, is_number, number, value
-from optax_constraints._text import shown
-from optax_constraints.sets._common import UnitSet
+from optax_constraints._constraint import Constraint, difference
+from optax_constraints._numbers import (
+    Number,
+    concrete,
+    fields_of,
+    is_number,
+    limits_of,
+    number,
+    relative_to,
+    value,
+)
+from optax_constraints._text import describe, shown
+from optax_constraints.sets._common import InParts, Parts, Units, UnitSet, widen
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _NormSet(UnitSet):
+class _NormSet(InParts, UnitSet):
     """What the sets of this family share: how a unit's norm becomes its factor."""
 
     axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
@@ -63,19 +73,30 @@ class _NormSet(UnitSet):
     @property
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
         """Whether a bound is relative to the norm at init."""
-        return any(
-            f.metadata.get("number") and isinstance(getattr(self, f.name), str)
-            for f in dataclasses.fields(cast(Any, self))
-        )
+        names = (f.name for f in fields_of(self) if limits_of(f))
+        return any("init" in relative_to(getattr(self, name)) for name in names)
 
     def remember(self, w: jax.Array) -> Any:
         """The norm of each unit, if a bound is relative to it."""
-        return self._norm(w)[0] if self.remembers else ()
+        return self._norm(w) if self.remembers else ()
 
-    def _norm(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The norm of each unit, and the weights in its dtype."""
-        wide, axis = self._widen(w)
-        return self._of_all(_numerics.norm(wide, axis)) / self._one(self._size(wide, axis)), wide
+    def remember_parts(self, parts: Parts) -> Any:
+        """The norm of the vector, if a bound is relative to it."""
+        return self._norms(parts, Units.one(parts)) if self.remembers else ()
+
+    def _norm(self, w: jax.Array) -> jax.Array:
+        """The norm of each unit."""
+        return self._norms((w,), self._units(w))
+
+    def _norms(
+        self, parts: Parts, units: Units, norm: Callable[..., jax.Array] = _numerics.norm
+    ) -> jax.Array:
+        wide = tuple(widen(type(self).__name__, part) for part in parts)
+        norms = [norm(part, axis) for part, axis in zip(wide, units.axes, strict=True)]
+        if len(norms) > 1:
+            together = jnp.stack([n.reshape(()) for n in norms])
+            norms = [norm(together, (0,)).reshape(())]
+        return self._of_all(norms[0]) / self._one(self._size(parts, units))
 
     def _of_all(self, norm: jax.Array) -> jax.Array:
         """The norms of whole units, from those of their parts on the devices of `axis_name`."""
@@ -88,9 +109,9 @@ class _NormSet(UnitSet):
         # Where none is above 0 the squares are 0, or NaN.
         return jnp.where(some, largest * jnp.sqrt(jnp.where(some, squares, 1)), squares)
 
-    def _size(self, w: jax.Array, axis: tuple[int, ...]) -> int:
+    def _size(self, parts: Parts, units: Units) -> int:
         """How many entries a unit has, on all devices of `axis_name`."""
-        return math.prod(w.shape[a] for a in axis) * self._devices()
+        return units.size(parts) * self._devices()
 
     def _devices(self) -> int:
         """Over how many devices a unit is split."""
@@ -111,21 +132,33 @@ class _NormSet(UnitSet):
         Bounds that are relative to init are relative to the norms that it has.
         """
         w = jnp.asarray(w)
-        norm, wide = self._norm(w)
-        scale = self._scale(norm, jax.lax.stop_gradient(norm))
-        return (wide * scale).astype(w.dtype)
+        norm = self._norm(w)
+        return _scaled(w, self._scale(norm, jax.lax.stop_gradient(norm)))
 
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects one array with the norms that it had at init."""
         if not self.remembers:
             return self(w), memory
-        norm, wide = self._norm(w)
-        return (wide * self._scale(norm, memory)).astype(w.dtype), memory
+        return _scaled(w, self._scale(self._norm(w), memory)), memory
+
+    def advance_parts(self, parts: Parts, memory: Any) -> tuple[Parts, Any]:
+        """Projects a vector with the norm that it had at init."""
+        norm = self._norms(parts, Units.one(parts))
+        scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
+        return tuple(_scaled(part, scale) for part in parts), memory
 
     def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> jax.Array:
         """The factor of each unit of the sum."""
-        total, axis = self._sum(params, updates)
-        norm = self._of_all(_numerics.plain_norm(total, axis)) / self._one(self._size(total, axis))
+        return self._factor((params,), (updates,), memory, self._units(params))
+
+    def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> jax.Array:
+        """The factor of the vector."""
+        return self._factor(params, updates, memory, Units.one(params))
+
+    def _factor(self, params: Parts, updates: Parts, memory: Any, units: Units) -> jax.Array:
+        limit = _square_limit(self._size(params, units))
+        total = tuple(_limited_sum(p, u, limit) for p, u in zip(params, updates, strict=True))
+        norm = self._norms(total, units, _numerics.plain_norm)
         return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
 
     def update(
@@ -141,50 +174,38 @@ class _NormSet(UnitSet):
         makes NaN of its unit, as it does without the limit.
         """
         scale = self.prepare(params, updates, memory) if prepared is None else prepared
-        target = (self._sum(params, updates)[0] * scale).astype(params.dtype)
-        dtype = jnp.promote_types(params.dtype, updates.dtype)
-        return target.astype(dtype) - params.astype(dtype), memory
+        limit = _square_limit(self._size((params,), self._units(params)))
+        return _scaled_update(params, updates, limit, scale), memory
 
-    def _sum(self, params: jax.Array, updates: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-        """The weights after an update, entries limited; and the axes of a unit."""
-        wide, axis = self._widen(params)
-        limit = _square_limit(wide.dtype, self._size(wide, axis))
-        moved = updates.astype(wide.dtype)
-        total = wide + moved
-        # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
-        # optimizer's arithmetic and keeps the result for both passes.
-        clipped = jnp.clip(moved, -limit, limit) + (total - total)
-        return jnp.clip(wide, -limit, limit) + clipped, axis
+    def update_parts(
+        self, params: Parts, updates: Parts, memory: Any, prepared: Any
+    ) -> tuple[Parts, Any]:
+        """The update of a vector, as for one leaf."""
+        scale = self.prepare_parts(params, updates, memory) if prepared is None else prepared
+        limit = _square_limit(self._size(params, Units.one(params)))
+        pairs = zip(params, updates, strict=True)
+        return tuple(_scaled_update(p, u, limit, scale) for p, u in pairs), memory
 
 
-Bound: TypeAlias = Number | str
-"""A number, or `"init"` or `"2x init"`: a multiple of each unit's norm at init."""
-
-_RELATIVE = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)x )?init")
+def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
+    return (w.astype(_numerics.compute_dtype(w.dtype)) * scale).astype(w.dtype)
 
 
-def _check_bound(owner: str, name: str, bound: Bound) -> float | None:
-    """Checks a bound as far as it is concrete, and returns it if it is a number."""
-    if not isinstance(bound, str):
-        return check_number(owner, name, bound, low=0)
-    if not _RELATIVE.fullmatch(bound):
-        raise ValueError(
-            f"{owner}: {name}={shown(bound)} is not a number; write a number, or 'init' or "
-            "'2x init' for a multiple of each unit's norm at init."
-        )
-    return None
+def _scaled_update(
+    params: jax.Array, updates: jax.Array, limit: Callable[..., float], scale: jax.Array
+) -> jax.Array:
+    target = (_limited_sum(params, updates, limit) * scale).astype(params.dtype)
+    return difference(target, params, updates)
 
 
-def _in_numbers(bound: Bound, at_init: jax.Array) -> jax.Array:
-    """A bound as an array."""
-    if not isinstance(bound, str):
-        return value(bound, at_init.dtype)
-    return at_init * _factor(bound)
-
-
-def _factor(bound: str) -> float:
-    match = _RELATIVE.fullmatch(bound)
-    return float(match[1] or 1) if match else math.nan
+def _limited_sum(params: jax.Array, updates: jax.Array, limit: Callable[..., float]) -> jax.Array:
+    """The weights after an update, with entries of limited size."""
+    wide = params.astype(_numerics.compute_dtype(params.dtype))
+    moved, most = updates.astype(wide.dtype), limit(wide.dtype)
+    total = wide + moved
+    # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
+    # optimizer's arithmetic and keeps the result for both passes.
+    return jnp.clip(wide, -most, most) + (jnp.clip(moved, -most, most) + (total - total))
 
 
 def _tolerance(norm: jax.Array) -> float:
@@ -260,21 +281,17 @@ class MaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
-    max_value: Bound = number(2)
+    max_value: Number = number(2, low=0, init=True)
     axis: Axis = 0
-
-    def __post_init__(self):
-        _check_bound("MaxNorm", "max_value", self.max_value)
-        super().__post_init__()
 
     convex = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, _in_numbers(self.max_value, at_init))
+        return _at_most(norm, value(self.max_value, norm.dtype, at_init))
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose norm is the bound, up to rounding; None if it is relative."""
-        return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
+        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
 
 
 max_norm = MaxNorm
@@ -305,12 +322,8 @@ class MaxRMS(_NormSet):
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
 
-    max_value: Bound = number()
+    max_value: Number = number(low=0, init=True)
     axis: Axis = None
-
-    def __post_init__(self):
-        _check_bound("MaxRMS", "max_value", self.max_value)
-        super().__post_init__()
 
     convex = True
 
@@ -318,11 +331,11 @@ class MaxRMS(_NormSet):
         return math.sqrt(max(size, 1))
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, _in_numbers(self.max_value, at_init))
+        return _at_most(norm, value(self.max_value, norm.dtype, at_init))
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose root mean square is the bound, up to rounding; None if relative."""
-        return None if self.remembers else _reaches(self._norm(w)[0], self.max_value, w.dtype)
+        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
 
 
 max_rms = MaxRMS
@@ -362,23 +375,33 @@ class MinMaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
-    min_value: Bound = number(0.0)
-    max_value: Bound = number(1.0)
-    rate: Number = number(1.0)
+    min_value: Number = number(0.0, low=0, init=True)
+    max_value: Number = number(1.0, low=0, init=True)
+    rate: Number = number(1.0, low=0, high=1)
     axis: Axis = 0
 
     def __post_init__(self):
-        low = _check_bound("MinMaxNorm", "min_value", self.min_value)
-        high = _check_bound("MinMaxNorm", "max_value", self.max_value)
-        check_number("MinMaxNorm", "rate", self.rate, low=0, high=1)
-        if isinstance(self.min_value, str) and isinstance(self.max_value, str):
-            low, high = _factor(self.min_value), _factor(self.max_value)
-        if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"MinMaxNorm: min_value={self.min_value!r} is above "
-                f"max_value={self.max_value!r}; swap them or widen the interval."
-            )
         super().__post_init__()
+        self._check_order("MinMaxNorm")
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint for one leaf, for which `min_value` must not be above `max_value`."""
+        settled = cast(MinMaxNorm, super().settle(path, shape, layout))
+        settled._check_order(f"MinMaxNorm on {describe(path, shape)}")
+        return settled
+
+    def _check_order(self, where: str) -> None:
+        def above(init: float) -> bool:
+            low, high = (concrete(bound, init) for bound in (self.min_value, self.max_value))
+            return low is not None and high is not None and low > high
+
+        if above(1e-3) and above(1e3):  # whatever the norm at init
+            raise ValueError(
+                f"{where}: min_value={self.min_value!r} is above max_value={self.max_value!r}; "
+                "swap them or widen the interval."
+            )
 
     @property
     def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
@@ -386,7 +409,7 @@ class MinMaxNorm(_NormSet):
         return is_number(self.min_value, 0) and is_number(self.rate, 1)
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        low, high = (_in_numbers(b, at_init) for b in (self.min_value, self.max_value))
+        low, high = (value(b, norm.dtype, at_init) for b in (self.min_value, self.max_value))
         scale = _at_most(norm, high) * _at_least(norm, low)
         rate = value(self.rate, norm.dtype)
         return rate * scale + (1 - rate)
@@ -395,8 +418,8 @@ class MinMaxNorm(_NormSet):
         """The units whose norm is one of the bounds, up to rounding; None if one is relative."""
         if self.remembers:
             return None
-        norm, _ = self._norm(w)
-        low = norm <= _in_numbers(self.min_value, norm) * (1 + 2 * _numerics.eps(w.dtype))
+        norm = self._norm(w)
+        low = norm <= value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(w.dtype))
         return low | _reaches(norm, self.max_value, w.dtype)
 
 
@@ -440,7 +463,7 @@ class UnitNorm(_NormSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w)[0] > 0
+        return self._norm(w) > 0
 
 
 unit_norm = UnitNorm
@@ -476,31 +499,27 @@ class FixedNorm(_NormSet):
                [8.]], dtype=float32)
     """
 
-    value: Bound = number()
+    value: Number = number(low=0, init=True)
     axis: Axis = None
-
-    def __post_init__(self):
-        _check_bound("FixedNorm", "value", self.value)
-        super().__post_init__()
 
     smooth = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _exactly(norm, _in_numbers(self.value, at_init))
+        return _exactly(norm, value(self.value, norm.dtype, at_init))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w)[0] > 0
+        return self._norm(w) > 0
 
 
 fixed_norm = FixedNorm
 
 
-def _reaches(norm: jax.Array, bound: Bound, dtype: jnp.dtype) -> jax.Array:
+def _reaches(norm: jax.Array, bound: Number, dtype: jnp.dtype) -> jax.Array:
     """Whether a norm is at or above a bound, as far as `dtype` can tell."""
-    return norm >= _in_numbers(bound, norm) * (1 - 2 * _numerics.eps(dtype))
+    return norm >= value(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
 
 
-def _square_limit(dtype: jnp.dtype, size: int) -> float:
-    """A power of two: twice it can be squared and summed `size` times without overflow."""
-    return 2.0 ** ((int(jnp.finfo(dtype).maxexp) - size.bit_length() - 3) // 2)
+def _square_limit(size: int) -> Callable[[Any], float]:
+    """For a dtype, a power of two of which twice can be squared and summed `size` times."""
+    return lambda dtype: 2.0 ** ((int(jnp.finfo(dtype).maxexp) - size.bit_length() - 3) // 2)

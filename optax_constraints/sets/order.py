@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
-from optax_constraints._numbers import Number, check_number, number, value
+from optax_constraints._numbers import Arg, Limits, Number, check_number, is_schedule, number, value
+from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
-from optax_constraints.sets._common import UnitSet
+from optax_constraints.sets._common import InParts, Parts, Terms, Units, UnitSet, totals, widen
 
 
 class _LineSet(UnitSet):
@@ -211,7 +212,7 @@ def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class TopK(UnitSet):
+class TopK(InParts, UnitSet):
     """At most `k` entries of each unit are not zero: ``{w : ||unit||_0 <= k}``.
 
     Not convex. The projection keeps the `k` entries of largest magnitude as they are and sets
@@ -246,13 +247,12 @@ class TopK(UnitSet):
         Array([ 0., -3.,  2.,  0.], dtype=float32)
     """
 
-    k: Number = number()
+    k: Number = number(low=0, whole=True)
     axis: Axis = None
 
     def __post_init__(self):
-        fraction = not callable(self.k) and not _is_integer(self.k)
-        high = 1 if fraction else jnp.iinfo(jnp.int32).max
-        if check_number("TopK", "k", self.k, low=0, high=high) == 0 and fraction:
+        high = 1 if _is_fraction(self.k) else jnp.iinfo(jnp.int32).max
+        if check_number("TopK", "k", self.k, Limits(low=0, high=high)) == 0 and high == 1:
             raise ValueError(
                 "TopK: k=0.0 as a fraction keeps nothing; write a fraction above 0, or the "
                 "count k=0."
@@ -262,24 +262,43 @@ class TopK(UnitSet):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; the entries that are kept are not rounded."""
         w = jnp.asarray(w)
-        _, axes = self._widen(w)
-        return automatic(lambda w, k: _largest_of_units(w, k, axes), w, self._count(w, axes))
+        return self._onto(((w,),), self._units(w))[0]
+
+    def _onto(self, terms: Terms, units: Units) -> Parts:
+        parts = tuple(weights for weights, *_ in terms)
+        for part in parts:
+            widen("TopK", part)  # raises for integers
+        # Magnitudes are compared by their bits.
+        dtype = jnp.result_type(*parts)
+        terms = tuple((own[0].astype(dtype), *own[1:]) for own in terms)
+        k = self._count_of(units.size(parts), dtype)
+
+        def largest(_: Any, terms: Terms, k: jax.Array) -> Parts:
+            return _largest_of_units(terms, k, units)
+
+        kept = automatic(largest, parts[0], terms, k, like=parts)
+        return tuple(new.astype(part.dtype) for new, part in zip(kept, parts, strict=True))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units in which all of `k` is used."""
-        _, axes = self._widen(w)
-        used = jnp.sum(w != 0, axis=axes, keepdims=True, dtype=jnp.int32)
-        return used >= self._count(w, axes)
+        return self._units(w).count((w != 0,)) >= self._count(w)
 
-    def _count(self, w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        if callable(self.k) or _is_integer(self.k):
+    def _count(self, w: jax.Array) -> jax.Array:
+        return self._count_of(self._units(w).size((w,)), w.dtype)
+
+    def _count_of(self, size: int, dtype: jnp.dtype) -> jax.Array:
+        if not _is_fraction(self.k):
             return value(self.k, jnp.dtype(jnp.int32))
-        size = math.prod(w.shape[a] for a in axes)
-        share = value(self.k, _numerics.compute_dtype(w.dtype)) * size
+        share = value(self.k, _numerics.compute_dtype(dtype)) * size
         return jnp.maximum(jnp.round(share), 1).astype(jnp.int32)
 
 
 top_k = TopK
+
+
+def _is_fraction(k: Number) -> bool:
+    """Whether a number is a share of the entries; what is not known yet has no type."""
+    return not (isinstance(k, (str, Arg)) or is_schedule(k) or _is_integer(k))
 
 
 def _is_integer(k: Number) -> bool:
@@ -306,53 +325,71 @@ def _greatest(bits: int, start: jax.Array, holds: Callable[[jax.Array], jax.Arra
     return lax.fori_loop(0, bits, decide, start)
 
 
-def _are_largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _are_largest(terms: Terms, k: jax.Array, units: Units) -> Parts:
     """Which entries are among the first `k` by magnitude, or need not be dropped."""
-    magnitude = _magnitude(w)
-    shape = tuple(1 if a in axes else n for a, n in enumerate(w.shape))
 
-    def count(mask):
-        return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+    def magnitudes(after: jax.Array | None) -> Parts:
+        return tuple(map(_magnitude, totals(terms, after)))
 
-    least = _greatest(
-        8 * w.dtype.itemsize - 1,
-        vary_like(jnp.zeros(shape, magnitude.dtype), w),
-        lambda least: count(magnitude >= least) >= k,
-    )
-    excess = jnp.where(least > 0, count(magnitude >= least) - k, 0)
+    parts = totals(terms)
+    dtype = magnitudes(None)[0].dtype
+    zeros = vary_like(jnp.zeros(units.shape(parts), jnp.int32), parts[0])
+
+    def at_least(least: jax.Array) -> jax.Array:
+        return units.count(tuple(m >= least for m in magnitudes(least)))
+
+    bits = 8 * dtype.itemsize - 1
+    least = _greatest(bits, zeros.astype(dtype), lambda least: at_least(least) >= k)
+    excess = jnp.where(least > 0, at_least(least) - k, 0)
     # One less, so that zeros wrap around and are kept with their sign. Compared with zero
     # itself, the CPU would take subnormal numbers for zeros.
-    magnitude, least = magnitude - 1, jnp.maximum(least, 1) - 1
+    least = jnp.maximum(least, 1) - 1
 
-    def first_of_equal():
-        place = jnp.zeros(shape, jnp.int32)
+    def kept(end: jax.Array) -> Parts:
+        """The entries above the least magnitude, and of those that are at it all before `end`."""
+        lowered = (m - 1 for m in magnitudes(end))
+        places = _places(parts, units, end if len(parts) > 1 else None)
+        pairs = zip(lowered, places, strict=True)
+        return tuple((m > least) | ((m == least) & (place < end)) for m, place in pairs)
+
+    def first_of_equal() -> jax.Array:
+        bits = units.size(parts).bit_length()
+        return _greatest(bits, zeros, lambda end: units.count(kept(end)) <= k)
+
+    end = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: zeros + units.size(parts))
+    return tuple(keep | jnp.isnan(part) for keep, part in zip(kept(end), parts, strict=True))
+
+
+def _places(parts: Parts, units: Units, after: jax.Array | None) -> Parts:
+    """The place of each entry in its unit, part after part."""
+    places, start = [], 0
+    for part, axes in zip(parts, units.axes, strict=True):
+        # Zero, but not known to be so before the loop.
+        place = in_turn(jnp.ones((1,) * part.ndim, jnp.int32), after) - 1
         for a in axes:
-            own = tuple(n if b == a else 1 for b, n in enumerate(w.shape))
-            place = place * w.shape[a] + lax.broadcasted_iota(jnp.int32, own, a)
-        equal = magnitude == least
-        room = count(equal) - excess
-        end = _greatest(
-            math.prod(w.shape[a] for a in axes).bit_length(),
-            vary_like(jnp.zeros(shape, jnp.int32), w),
-            lambda end: count(equal & (place < end)) <= room,
-        )
-        return (magnitude > least) | (equal & (place < end))
-
-    kept = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: magnitude >= least)
-    return kept | jnp.isnan(w)
+            own = tuple(n if b == a else 1 for b, n in enumerate(part.shape))
+            place = place * part.shape[a] + lax.broadcasted_iota(jnp.int32, own, a)
+        places.append(place + start)
+        start += math.prod(part.shape[a] for a in axes)
+    return tuple(places)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _largest(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _largest(terms: Terms, k: jax.Array, units: Units) -> Parts:
     """The first `k` entries of each unit by magnitude, and zeros."""
-    return jnp.where(_are_largest(w, k, axes), w, jnp.zeros((), w.dtype))
+    kept = _are_largest(terms, k, units)
+    return tuple(
+        jnp.where(keep, part, jnp.zeros((), part.dtype))
+        for keep, part in zip(kept, totals(terms), strict=True)
+    )
 
 
 @_largest.defjvp
-def _largest_jvp(axes, primals, tangents):
-    y = _largest(*primals, axes)
-    used = jnp.sum(y != 0, axis=axes, keepdims=True, dtype=jnp.int32)
-    return y, _where_free(y, used < primals[1], tangents[0])
+def _largest_jvp(units, primals, tangents):
+    y = _largest(*primals, units)
+    room = units.count(tuple(part != 0 for part in y)) < primals[1]
+    dparts = totals(tangents[0])
+    return y, tuple(_where_free(a, room, da) for a, da in zip(y, dparts, strict=True))
 
 
 # Compiled by itself, here and below, so that calls outside jit find their program again.
@@ -395,7 +432,7 @@ class NM(_LineSet):
         Array([ 0. , -3. ,  2. ,  0. ,  0.1,  0. ,  0. ,  0.2], dtype=float32)
     """
 
-    n: Number = number(2)
+    n: Number = number(2, low=1, whole=True)
     m: int = 4
     axis: Axis = 0
 
@@ -404,8 +441,8 @@ class NM(_LineSet):
             raise TypeError(f"NM: m={shown(self.m)} is not an int; write the size of a group.")
         if self.m < 1:
             raise ValueError(f"NM: m={self.m} is not allowed; write an int of at least 1.")
-        check_number("NM", "n", self.n, low=1, high=self.m)
-        if not callable(self.n) and not _is_integer(self.n):
+        check_number("NM", "n", self.n, Limits(low=1, high=self.m))
+        if _is_fraction(self.n):
             raise TypeError(f"NM: n={shown(self.n)} is not an integer; write how many to keep.")
         super().__post_init__()
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, Self, cast
 
 import jax
@@ -25,9 +26,11 @@ from jax.core import Tracer
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Number, check_number, number, value
+from optax_constraints._numbers import Number, number, value
 from optax_constraints._text import describe, shown
-from optax_constraints.sets._common import UnitSet
+from optax_constraints.sets._common import InParts, Parts, Terms, Units, UnitSet, totals, widen
+
+_MAX = sys.float_info.max
 
 
 def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
@@ -47,9 +50,13 @@ def _tolerance(x: jax.Array) -> float:
 # Simplexes and l1 balls: a threshold for each unit.
 
 
-def _excess(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+def _excess(parts: Parts, total: jax.Array, units: Units) -> jax.Array:
     """By how much the sum passes `total`; near to it, without the rounding of large sums."""
-    return _sum(x - total / _size(x, axis), axis)
+    return units.sum(_each(lambda x: x - total / units.size(parts), parts))
+
+
+def _each(function: Callable[..., jax.Array], *parts: Parts) -> Parts:
+    return tuple(map(function, *parts))
 
 
 def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
@@ -66,9 +73,20 @@ def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
     )
 
 
+def _wide(terms: Terms, after: jax.Array | None = None) -> Parts:
+    """What the terms sum to, in the dtype of their sums."""
+    parts = totals(terms, after)
+    dtype = _numerics.compute_dtype(*(part.dtype for part in parts))
+    return _each(lambda x: x.astype(dtype), parts)
+
+
 def _shrink(
-    x: jax.Array, total: jax.Array, free: jax.Array, finite: jax.Array, axis: tuple[int, ...]
-) -> jax.Array:
+    read: Callable[[jax.Array | None], Parts],
+    total: jax.Array,
+    free: jax.Array,
+    finite: jax.Array,
+    units: Units,
+) -> Parts:
     """``max(x - threshold, 0)`` with the sum `total` in each unit.
 
     Units that are `free` stay as they are, and those that are not `finite` become NaN.
@@ -80,81 +98,119 @@ def _shrink(
     Thresholds count from the largest entry: what is nearer to it than `total` is all that
     matters, whatever the size of the weights.
     """
-    z = x - jnp.where(free, 0, jnp.max(x, axis=axis, keepdims=True))
-    lowest = jnp.maximum(-total, (_sum(z, axis) - total) / _size(x, axis))
+    parts = read(None)
+    size = units.size(parts)
+    top = jnp.where(free, 0, units.max(parts))
+
+    def below_top(after: jax.Array | None) -> Parts:
+        return _each(lambda x: x - top, read(after))
+
+    lowest = jnp.maximum(-total, (units.sum(below_top(None)) - total) / size)
     threshold = jnp.where(free, 0, lowest)
 
     def step(state):
         threshold, rest, active, done = state
         threshold = jnp.where(done, threshold, threshold + rest)
-        excess = _excess(jnp.maximum(z - threshold, 0), total, axis)
-        now = jnp.sum(z > _apart(threshold, excess), axis=axis, keepdims=True, dtype=jnp.int32)
-        rest = jnp.where(done, rest, excess / jnp.maximum(now, 1).astype(x.dtype))
+        z = below_top(threshold)
+        excess = _excess(_each(lambda z: jnp.maximum(z - threshold, 0), z), total, units)
+        cut = _apart(threshold, excess)
+        now = units.count(_each(lambda z: z > cut, below_top(cut)))
+        rest = jnp.where(done, rest, excess / jnp.maximum(now, 1).astype(excess.dtype))
         return threshold, rest, now, done | (now >= active) | (excess <= 0)
 
     none = jnp.zeros_like(threshold)
-    more = jnp.full_like(threshold, _size(x, axis) + 1, jnp.int32)
+    more = jnp.full_like(threshold, size + 1, jnp.int32)
     # The last step's correction stays apart: added to the threshold, it would round away.
     threshold, rest, _, _ = lax.while_loop(
         lambda state: ~jnp.all(state[-1]), step, (threshold, none, more, free)
     )
-    z, rest = z - threshold, jnp.where(finite, rest, jnp.nan)
-    return jnp.where(z <= jnp.where(free, -jnp.inf, jnp.maximum(rest, 0)), 0, z - rest)
+    rest = jnp.where(finite, rest, jnp.nan)
+    least = jnp.where(free, -jnp.inf, jnp.maximum(rest, 0))
+    z = _each(lambda z: z - threshold, below_top(threshold))
+    return _each(lambda z: jnp.where(z <= least, 0, z - rest), z)
 
 
-def _mean_off(dx: jax.Array, total: jax.Array, active: jax.Array, axis: tuple[int, ...]):
+def _mean_off(dx: Parts, total: jax.Array, active: Parts, units: Units) -> Parts:
     """Shifts the active entries by the same amount to the sum `total`; all others are 0."""
-    count = jnp.sum(active, axis=axis, keepdims=True, dtype=jnp.int32)
-    count = jnp.maximum(count, 1).astype(dx.dtype)
-    return jnp.where(active, dx - (_sum(jnp.where(active, dx, 0), axis) - total) / count, 0)
+    moved = units.sum(_each(lambda d, a: jnp.where(a, d, 0), dx, active))
+    shift = (moved - total) / jnp.maximum(units.count(active), 1).astype(moved.dtype)
+    return _each(lambda d, a: jnp.where(a, d - shift, 0), dx, active)
 
 
-def _in_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    near = jnp.abs(_excess(x, total, axis)) <= _tolerance(x) * total
-    return near & (jnp.min(x, axis=axis, keepdims=True) >= 0)
+def _in_simplex(parts: Parts, total: jax.Array, units: Units) -> jax.Array:
+    near = jnp.abs(_excess(parts, total, units)) <= _tolerance(parts[0]) * total
+    return near & (units.min(parts) >= 0)
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
-def _onto_simplex(x: jax.Array, total: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    largest, least = (f(x, axis=axis, keepdims=True) for f in (jnp.max, jnp.min))
-    finite = (largest < jnp.inf) & (least > -jnp.inf)
-    return _shrink(x, total, _in_simplex(x, total, axis), finite, axis)
+def _onto_simplex(terms: Terms, total: jax.Array, units: Units) -> Parts:
+    parts = _wide(terms)
+    finite = (units.max(parts) < jnp.inf) & (units.min(parts) > -jnp.inf)
+    free = _in_simplex(parts, total, units)
+    return _shrink(functools.partial(_wide, terms), total, free, finite, units)
 
 
 @_onto_simplex.defjvp
-def _onto_simplex_jvp(axis, primals, tangents):
-    (x, total), (dx, dtotal) = primals, tangents
-    y = _onto_simplex(x, total, axis)
+def _onto_simplex_jvp(units, primals, tangents):
+    (terms, total), (dterms, dtotal) = primals, tangents
+    y = _onto_simplex(terms, total, units)
     # At a point of the set along its plane, as inside, also where an entry is zero.
-    return y, _mean_off(dx, dtotal, (y > 0) | _in_simplex(x, total, axis), axis)
+    inside = _in_simplex(_wide(terms), total, units)
+    return y, _mean_off(_wide(dterms), dtotal, _each(lambda y: (y > 0) | inside, y), units)
 
 
-def _in_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return _excess(jnp.abs(x), radius, axis) <= _tolerance(x) * radius
+def _in_l1_ball(parts: Parts, radius: jax.Array, units: Units) -> jax.Array:
+    return _excess(_each(jnp.abs, parts), radius, units) <= _tolerance(parts[0]) * radius
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
-def _onto_l1_ball(x: jax.Array, radius: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    magnitude = jnp.abs(x)
-    finite = jnp.max(magnitude, axis=axis, keepdims=True) < jnp.inf
-    return jnp.copysign(_shrink(magnitude, radius, _in_l1_ball(x, radius, axis), finite, axis), x)
+def _onto_l1_ball(terms: Terms, radius: jax.Array, units: Units) -> Parts:
+    def magnitudes(after: jax.Array | None) -> Parts:
+        return _each(jnp.abs, _wide(terms, after))
+
+    parts = _wide(terms)
+    finite = units.max(magnitudes(None)) < jnp.inf
+    shrunk = _shrink(magnitudes, radius, _in_l1_ball(parts, radius, units), finite, units)
+    return _each(jnp.copysign, shrunk, parts)
 
 
 @_onto_l1_ball.defjvp
-def _onto_l1_ball_jvp(axis, primals, tangents):
-    (x, radius), (dx, dradius) = primals, tangents
-    y = _onto_l1_ball(x, radius, axis)
-    sign = jnp.sign(y)
-    outside = sign * _mean_off(sign * dx, dradius, y != 0, axis)
-    return y, jnp.where(_in_l1_ball(x, radius, axis), dx, outside)
+def _onto_l1_ball_jvp(units, primals, tangents):
+    (terms, radius), (dterms, dradius) = primals, tangents
+    y, dx = _onto_l1_ball(terms, radius, units), _wide(dterms)
+    sign, inside = _each(jnp.sign, y), _in_l1_ball(_wide(terms), radius, units)
+    active = _each(lambda y: y != 0, y)
+    outside = _mean_off(_each(jnp.multiply, sign, dx), dradius, active, units)
+    return y, _each(lambda d, s, o: jnp.where(inside, d, s * o), dx, sign, outside)
+
+
+class _ThresholdSet(InParts, UnitSet):
+    """What simplexes and l1 balls share."""
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        return self._onto(((w,),), self._units(w))[0]
+
+    def _onto(self, terms: Terms, units: Units) -> Parts:
+        parts = tuple(weights for weights, *_ in terms)
+        wide = _each(functools.partial(widen, type(self).__name__), parts)
+        if not units.size(parts):
+            return parts
+        new = self._shrunk(terms, jnp.result_type(*wide), units)
+        return _each(lambda new, w: new.astype(w.dtype), new, parts)
+
+    def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
+        """The projection in a dtype in which sums are taken."""
+        raise NotImplementedError
 
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Simplex(UnitSet):
+class Simplex(_ThresholdSet):
     """Each unit has no negative entry and sums to `total`.
 
     ``{w : w >= 0, sum(unit) = total}``, convex; with ``total=1`` the weights of averages and
@@ -186,20 +242,11 @@ class Simplex(UnitSet):
 
     convex: ClassVar[bool] = True
 
-    total: Number = number(1.0)
+    total: Number = number(1.0, low=0, high=_MAX)
     axis: Axis = 0
 
-    def __post_init__(self):
-        check_number("Simplex", "total", self.total, low=0, high=sys.float_info.max)
-        super().__post_init__()
-
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one floating-point array; sums are taken in float32 or wider."""
-        w = jnp.asarray(w)
-        wide, axis = self._widen(w)
-        if not w.size:
-            return w
-        return _onto_simplex(wide, value(self.total, wide.dtype), axis).astype(w.dtype)
+    def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
+        return _onto_simplex(terms, value(self.total, dtype), units)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with an entry of 0."""
@@ -212,7 +259,7 @@ simplex = Simplex
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class L1Ball(UnitSet):
+class L1Ball(_ThresholdSet):
     """The magnitudes of each unit sum to at most `radius`: ``{w : ||unit||_1 <= radius}``.
 
     Convex; the projection ``sign(unit) * max(|unit| - threshold, 0)`` is the nearest point,
@@ -241,20 +288,11 @@ class L1Ball(UnitSet):
 
     convex: ClassVar[bool] = True
 
-    radius: Number = number(1.0)
+    radius: Number = number(1.0, low=0)
     axis: Axis = 0
 
-    def __post_init__(self):
-        check_number("L1Ball", "radius", self.radius, low=0)
-        super().__post_init__()
-
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one floating-point array; sums are taken in float32 or wider."""
-        w = jnp.asarray(w)
-        wide, axis = self._widen(w)
-        if not w.size:
-            return w
-        return _onto_l1_ball(wide, value(self.radius, wide.dtype), axis).astype(w.dtype)
+    def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
+        return _onto_l1_ball(terms, value(self.radius, dtype), units)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units whose magnitudes sum to the radius, up to rounding."""
@@ -371,12 +409,8 @@ class SumTo(UnitSet):
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
-    value: Number = number()
+    value: Number = number(low=-_MAX, high=_MAX)
     axis: Axis = 0
-
-    def __post_init__(self):
-        _check_finite("SumTo", "value", self.value)
-        super().__post_init__()
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; sums are taken in float32 or wider."""
@@ -419,12 +453,8 @@ class CenterAround(UnitSet):
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
-    ref_value: Number = number()
+    ref_value: Number = number(low=-_MAX, high=_MAX)
     axis: Axis = None
-
-    def __post_init__(self):
-        _check_finite("CenterAround", "ref_value", self.ref_value)
-        super().__post_init__()
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; means are taken in float32 or wider."""
@@ -437,10 +467,6 @@ class CenterAround(UnitSet):
 center_around = CenterAround
 
 
-def _check_finite(owner: str, name: str, value: Number) -> None:
-    check_number(owner, name, value, low=-sys.float_info.max, high=sys.float_info.max)
-
-
 class _NormalSet(UnitSet):
     """What the sets with a normal share."""
 
@@ -450,7 +476,6 @@ class _NormalSet(UnitSet):
     def __post_init__(self):
         name = type(self).__name__
         object.__setattr__(self, "normal", _check_normal(name, self.normal))
-        _check_finite(name, "offset", self.offset)
         super().__post_init__()
 
     def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
@@ -515,7 +540,7 @@ class Hyperplane(_NormalSet):
     smooth: ClassVar[bool] = True
 
     normal: Any
-    offset: Number = number(0.0)
+    offset: Number = number(0.0, low=-_MAX, high=_MAX)
     axis: Axis = 0
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -557,7 +582,7 @@ class HalfSpace(_NormalSet):
     convex: ClassVar[bool] = True
 
     normal: Any
-    offset: Number = number(0.0)
+    offset: Number = number(0.0, low=-_MAX, high=_MAX)
     axis: Axis = 0
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:

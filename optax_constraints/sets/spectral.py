@@ -20,7 +20,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Number, check_number, number, value
+from optax_constraints._numbers import Arg, Number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints.sets._common import MatrixSet
 
@@ -64,12 +64,8 @@ class Orthogonal(MatrixSet):
     """
 
     smooth = True
-    scale: Number = number(1.0)
+    scale: Number = number(1.0, low=0)
     axis: Axis = None
-
-    def __post_init__(self):
-        check_number("Orthogonal", "scale", self.scale, low=0)
-        super().__post_init__()
 
     def _project(self, a: jax.Array) -> jax.Array:
         if not a.size:
@@ -122,12 +118,8 @@ class MaxSpectralNorm(MatrixSet):
     """
 
     convex = True
-    max_value: Number = number(1.0)
+    max_value: Number = number(1.0, low=0)
     axis: Axis = None
-
-    def __post_init__(self):
-        check_number("MaxSpectralNorm", "max_value", self.max_value, low=0)
-        super().__post_init__()
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
@@ -171,12 +163,8 @@ class NuclearNormBall(MatrixSet):
     """
 
     convex = True
-    radius: Number = number(1.0)
+    radius: Number = number(1.0, low=0)
     axis: Axis = None
-
-    def __post_init__(self):
-        check_number("NuclearNormBall", "radius", self.radius, low=0)
-        super().__post_init__()
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_threshold, a, value(self.radius, a.dtype)) if a.size else a
@@ -222,26 +210,21 @@ class LowRank(MatrixSet):
     """
 
     smooth = True
-    rank: Number = number()
+    rank: Number = number(low=0, whole=True)
     axis: Axis = None
 
     def __post_init__(self):
         wanted = "write how many singular values to keep."
         if isinstance(self.rank, jax.Array):
-            check_number("LowRank", "rank", self.rank, low=0)
             if not jnp.issubdtype(self.rank.dtype, jnp.integer):
                 raise TypeError(f"LowRank: rank={self.rank!r} is not an integer; {wanted}")
-        elif not callable(self.rank):
+        elif not isinstance(self.rank, (str, Arg)) and not is_schedule(self.rank):
             try:
                 if isinstance(self.rank, bool):
                     raise TypeError
                 rank = operator.index(cast(Any, self.rank))
             except TypeError:
                 raise TypeError(f"LowRank: rank={self.rank!r} is not an int; {wanted}") from None
-            if rank < 0:
-                raise ValueError(
-                    f"LowRank: rank={rank} is not allowed; write an int of at least 0."
-                )
             # More than any matrix has, and still exact as a float.
             object.__setattr__(self, "rank", min(rank, 2**24))
         super().__post_init__()
