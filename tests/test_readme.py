@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import optax_constraints as oc
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -22,18 +20,6 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 BLOCKS = blocks(README)
 ALL_BLOCKS = [block for text in (README, *DOCS.values()) for block in blocks(text)]
-SETS = [
-    name
-    for name, thing in vars(oc).items()
-    if isinstance(thing, type) and issubclass(thing, oc.Constraint) and name[0].islower()
-]
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_every_set_is_in_the_table_and_in_the_guide(name):
-    rows = "".join(line for line in README.splitlines() if line.startswith("|"))
-    assert f"`{name}(" in rows
-    assert f"{name}(" in DOCS["choosing.md"]
 
 
 @pytest.mark.parametrize("page", ["README.md", *DOCS])
