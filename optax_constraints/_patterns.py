@@ -313,7 +313,7 @@ def parse(rules: Rules) -> list[Rule]:
 def _parse_pairs(pairs: list[Any], prefix: str) -> list[Rule]:
     rules = []
     for pattern, value in pairs:
-        pattern = _under(prefix, _check_pattern(pattern)) if prefix else _check_pattern(pattern)
+        pattern = _check_pattern(_under(prefix, pattern) if prefix else pattern)
         rule = Rule(pattern, None)
         nested = _nested(value)
         if nested is not None:

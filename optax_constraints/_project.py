@@ -261,7 +261,7 @@ def visits(
     for leaf in bound:
         if state is None and leaf.remembers:
             raise ValueError(
-                f"{verb}: {leaf.constraint} on {leaf.name!r} is relative to what the "
+                f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
                 "(params, rules, state=state) with the state of an optimizer that has project "
                 "in it."

@@ -256,7 +256,7 @@ def _rows(visit: Visit) -> list[Row]:
         return rows
     at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
     away = jax.tree.leaves(distance(weights, constraint, memory))
-    name = bound.name if bound.is_group else None
+    name = bound.path if bound.is_group else None
     rows = [
         dataclasses.replace(row, constraint=str(constraint), outside=float(own), group=name)
         for row, own in zip(rows, away, strict=True)

@@ -40,12 +40,13 @@ from optax_constraints._trees import (
 class Bound:
     """A leaf, or a group of leaves, with its constraint, axes settled, or None if it is free."""
 
-    name: str
+    path: str
     """The path of the leaf, or the name of the group."""
     constraint: Constraint | None
     places: tuple[int, ...]
     """The numbers of the leaves among those of the tree."""
     paths: tuple[str, ...]
+    """The path of each leaf."""
     layouts: tuple[LeafLayout | None, ...]
     leaves: tuple[jax.ShapeDtypeStruct | None, ...]
     """Shapes and dtypes."""
@@ -104,7 +105,7 @@ class Bindings:
 
     def __init__(self, bound: list[Bound]):
         self._bound = bound
-        self._keys = list(_keys([b.name for b in bound]))
+        self._keys = list(_keys([b.path for b in bound]))
 
     def __iter__(self) -> Iterator[Bound]:
         return iter(self._bound)
@@ -194,7 +195,7 @@ class Bindings:
                 continue
             constraint = constraint.at(step)
             if bound.needs_args:
-                constraint = constraint.read({} if extra is None else extra, bound.name)
+                constraint = constraint.read({} if extra is None else extra, bound.path)
             weights = jax.tree.map(jnp.asarray, weights)
             yield Visit(bound, constraint, weights, memory.get(key, ()))
 
@@ -252,7 +253,7 @@ def _moves(bound: Bound, updates: list[Any]) -> bool:
     absent = [path for path, u in zip(bound.paths, updates, strict=True) if is_absent(u)]
     if absent and len(absent) < len(updates):
         raise ValueError(
-            f"{bound.name!r} is constrained as one, and has updates for some of its leaves, but "
+            f"{bound.path!r} is constrained as one, and has updates for some of its leaves, but "
             f"none for {', '.join(map(repr, absent))}. Update all of them or none, or leave those "
             "out of the group."
         )

@@ -71,7 +71,7 @@ def tangent(
         for leaf in bound:
             if leaf.constraint is not None and not leaf.constraint.smooth:
                 raise ValueError(
-                    f"tangent: {leaf.constraint} on {leaf.name!r} is not known to be a smooth "
+                    f"tangent: {leaf.constraint} on {leaf.path!r} is not known to be a smooth "
                     "set. At a corner or on a boundary the directions that stay in a set are no "
                     "linear space, so that a gradient there has no tangent part. Give this leaf "
                     "None in the rules of tangent; in a class of your own for a smooth set, "
