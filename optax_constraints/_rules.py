@@ -18,6 +18,7 @@ from optax_constraints._private import called_from_optax
 from optax_constraints._text import describe, shown, warn
 from optax_constraints._trees import (
     OtherStructureError,
+    check_some_arrays,
     leaves_by_path,
     rearranged,
     shape_and_dtype,
@@ -278,6 +279,8 @@ class Binder:
     def _bind(self, tree: Any) -> Bindings:
         leaves = leaves_by_path(tree)
         _check_not_flattened(leaves)
+        if self._rules and self._strict:
+            check_some_arrays(leaves)
         winners = []
         matched, won = set(), set()
         for path, leaf in leaves:

@@ -1,7 +1,7 @@
 """Trees of parameters: paths of their leaves, boxes around them, and what comes back of a save."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,37 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.result_type(leaf)
     return None
+
+
+def check_arrays(tree: Any) -> None:
+    """Raises if somebody gives a module, or another object, in the place of its parameters.
+
+    Trees without leaves pass, as long as they are containers: a part of a model may be empty.
+    """
+    alone = jax.tree.structure(tree).num_nodes == 1
+    container = isinstance(tree, (Mapping, list, tuple, type(None)))
+    if alone and not container and shape_and_dtype(tree) is None:
+        raise TypeError(_no_arrays(f"This {_kind(tree)} is", "no array and no tree of arrays"))
+
+
+def check_some_arrays(leaves: list[tuple[str, Any]]) -> None:
+    """Raises if there are leaves, and none is an array."""
+    if leaves and all(shape_and_dtype(leaf) is None for _, leaf in leaves):
+        path, leaf = leaves[0]
+        where = f", such as the {_kind(leaf)} at {path!r}," if path else f" (a {_kind(leaf)})"
+        raise TypeError(_no_arrays(f"The leaves of this tree{where} are", "no arrays"))
+
+
+def _kind(thing: Any) -> str:
+    return f"class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+
+
+def _no_arrays(what: str, instead: str) -> str:
+    return (
+        f"{what} {instead}, so that there is nothing to constrain. Give the parameters: in Flax "
+        'Linen model.init(key, x)["params"], in NNX nnx.state(model, nnx.Param), in Equinox the '
+        "model itself, in Haiku what init returned."
+    )
 
 
 class OtherStructureError(Exception):
