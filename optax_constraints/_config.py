@@ -155,12 +155,33 @@ def get(identifier: Any) -> Any:
                 f"an instance, such as {thing.__name__}(...)."
             ) from error
     if not callable(thing):
-        raise ValueError(
+        text = (
             f"Could not interpret constraint identifier: {identifier!r}. Write a constraint "
             "such as max_norm(2.0), a name such as 'max_norm', a config, or a function "
             "array -> array."
         )
+        raise ValueError(f"{text} {several(identifier)}".rstrip())
     return thing
+
+
+def several(given: Any) -> str:
+    """What to write instead, if somebody gives constraints in a list or tuple; else nothing."""
+    if not isinstance(given, (list, tuple)) or not given or not all(map(_is_one, given)):
+        return ""
+    parts = ", ".join(
+        thing.__name__ if inspect.isfunction(thing) or inspect.isclass(thing) else shown(thing)
+        for thing in given
+    )
+    if len(given) == 1:
+        return f"Write {parts} without the brackets around it."
+    return (
+        f"A leaf has one constraint: write compose({parts}), for one after the other, or "
+        f"intersection({parts}), for the nearest point that is in each of them, if they are convex."
+    )
+
+
+def _is_one(thing: Any) -> bool:
+    return thing in _registry if isinstance(thing, str) else callable(thing)
 
 
 def _look_up(name: str) -> Any:

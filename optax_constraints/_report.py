@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
@@ -120,7 +121,7 @@ def report(
         The report; print it, or read its `rows`.
 
     Raises:
-        TypeError: If a rule names a leaf that is not floating-point.
+        TypeError: If a rule names a leaf that is not floating-point, or weights are traced.
         ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
 
     Example:
@@ -172,7 +173,7 @@ def assert_feasible(
 
     Raises:
         AssertionError: If a leaf is outside its set, or holds a NaN.
-        TypeError: If a rule names a leaf that is not floating-point.
+        TypeError: If a rule names a leaf that is not floating-point, or weights are traced.
         ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
 
     Example:
@@ -193,7 +194,7 @@ def assert_feasible(
         if constraint is None:
             continue
         constrained += 1
-        away = float(distance(w, constraint, memory))
+        away = _read("assert_feasible", bound.path, distance(w, constraint, memory))
         norm = float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
         rounding = 0 if constraint.elementwise else tolerance * _numerics.eps(w.dtype) * norm
         if not away <= rounding:  # also if it is NaN
@@ -224,6 +225,7 @@ def _row(visit: Visit) -> Row:
         return Row(
             bound.path, leaf.shape, str(leaf.dtype), None, None, None, None, None, layer=layer
         )
+    away = _read("report", bound.path, distance(leaf, constraint, memory))
     projected, _ = constraint.advance(leaf, memory)
     at_bound = constraint.on_bound(projected)
     return Row(
@@ -234,9 +236,20 @@ def _row(visit: Visit) -> Row:
         getattr(constraint, "axis", None),
         None if at_bound is None else at_bound.size,
         None if at_bound is None else int(at_bound.sum()),
-        float(distance(leaf, constraint, memory)),
+        away,
         layer,
     )
+
+
+def _read(verb: str, path: str, away: jax.Array) -> float:
+    """A distance as a number, or the reason why there is none to read."""
+    if isinstance(away, Tracer):
+        raise TypeError(
+            f"{verb} reads the weights, and those of {path!r} are traced here, as under jax.jit; "
+            f"call {verb} outside. Inside, write violations(params, rules): it returns arrays, "
+            "which the compiled function can return in turn."
+        )
+    return float(away)
 
 
 def _fit(widths: dict[str, int]) -> dict[str, int]:

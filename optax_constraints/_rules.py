@@ -20,6 +20,7 @@ from optax_constraints._trees import (
     OtherStructureError,
     check_some_arrays,
     leaves_by_path,
+    masked_paths,
     rearranged,
     shape_and_dtype,
     without_boxes,
@@ -289,7 +290,7 @@ class Binder:
             won.update(matching[:1])
             winners.append(self._rules[matching[0]] if matching else None)
         if self._strict and leaves:
-            self._check_all_used([path for path, _ in leaves], matched, won)
+            self._check_all_used([path for path, _ in leaves], matched, won, tree)
             self._check_layout([path for path, _ in leaves])
         checked: set[Any] = set()
         bound = []
@@ -315,12 +316,14 @@ class Binder:
                 "so on. Make it from the model that these parameters belong to."
             )
 
-    def _check_all_used(self, paths: list[str], matched: set[int], won: set[int]) -> None:
+    def _check_all_used(
+        self, paths: list[str], matched: set[int], won: set[int], tree: Any
+    ) -> None:
         for i, rule in enumerate(self._rules):
             if rule.pattern is None:
                 continue
             if i not in matched:
-                raise ValueError(unmatched(rule, paths))
+                raise ValueError(unmatched(rule, paths, masked_paths(tree)))
             if i not in won:
                 warn(
                     f"The rule {rule} does nothing: an earlier rule matches each of its leaves "

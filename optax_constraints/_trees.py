@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 
@@ -71,6 +72,21 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     if isinstance(leaf, (bool, int, float, complex)):
         return (), jnp.result_type(leaf)
     return None
+
+
+def masked_paths(tree: Any) -> list[str]:
+    """The paths of the leaves that `optax.masked` or `optax.partition` took out of a tree."""
+    shown = jax.tree.map(
+        lambda leaf: _MASKED if _is_masked(leaf) else leaf, tree, is_leaf=_is_masked
+    )
+    return [path for path, leaf in leaves_by_path(shown) if leaf is _MASKED]
+
+
+_MASKED = object()
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def check_arrays(tree: Any) -> None:

@@ -90,3 +90,139 @@ def test_an_nnx_module_comes_back_as_a_new_one():
     nnx.update(model, oc.constrain(nnx.state(model, nnx.Param), rules))
     assert model.second.kernel is model.first.kernel
     np.testing.assert_allclose(np.linalg.norm(model.first.kernel[...], axis=0), 0.1, rtol=1e-6)
+
+
+# Errors that say what to write instead.
+
+PARAMS = {
+    "Dense_0": {"bias": jnp.zeros(3), "kernel": jnp.ones((2, 3))},
+    "block": {"inner": {"bias": jnp.zeros(3), "kernel": jnp.ones((3, 3))}, "gain": jnp.ones(3)},
+    "head": {"kernel": jnp.ones((3, 1))},
+}
+
+
+@pytest.mark.parametrize("verb", [oc.report, oc.assert_feasible])
+@pytest.mark.parametrize("how", ["arguments", "closed over", "step", "vmap"])
+def test_under_jit_what_reads_weights_leads_to_violations(verb, how):
+    rules = {"kernel": oc.max_norm(lambda step: 1.0 - 0.1 * step, axis=0)}
+    called = {
+        "arguments": lambda: jax.jit(lambda p: verb(p, rules) and None)(PARAMS),
+        "closed over": lambda: jax.jit(lambda: verb(PARAMS, rules) and None)(),
+        "step": lambda: jax.jit(lambda step: verb(PARAMS, rules, step=step) and None)(1),
+        "vmap": lambda: jax.vmap(lambda p: verb(p, {"kernel": oc.non_neg()}) and None)(
+            jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
+        ),
+    }[how]
+    message = (
+        rf"{verb.__name__} reads the weights, and those of 'Dense_0/kernel' are traced here.* call "
+        rf"{verb.__name__} outside.* write violations\(params, rules\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        called()
+
+
+SEVERAL = r"compose\(NonNeg\(\), MaxNorm\(.*\)\), for .* intersection\(NonNeg\(\), MaxNorm\("
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_several_constraints_lead_to_compose_and_intersection(make):
+    both = make([oc.non_neg(), oc.max_norm(1.0)])
+    with pytest.raises(
+        TypeError, match=rf"pairs \(pattern, constraint\), .* is none\. .*{SEVERAL}"
+    ):
+        oc.project(both)
+    with pytest.raises(ValueError, match=rf"In the rule 'kernel': .*{SEVERAL}"):
+        oc.project({"kernel": both})
+    with pytest.raises(ValueError, match=SEVERAL):
+        oc.get(both)
+    with pytest.raises(ValueError, match=r"compose\('non_neg', max_norm_of_mine\), for"):
+        oc.project({"kernel": make(["non_neg", max_norm_of_mine])})
+    with pytest.raises(ValueError, match=r"compose\(NonNeg, MaxNorm\), for"):
+        oc.project({"kernel": make([oc.non_neg, oc.MaxNorm])})
+    with pytest.raises(ValueError, match=r"Write NonNeg\(\) without the brackets"):
+        oc.project({"kernel": make([oc.non_neg()])})
+
+
+def max_norm_of_mine(w):
+    return w / jnp.maximum(1.0, jnp.linalg.norm(w))
+
+
+@pytest.mark.parametrize("rules", [["kernel"], ("kernel", oc.non_neg()), [3.0], ["a", "b"]])
+def test_what_is_no_list_of_constraints_does_not_lead_there(rules):
+    with pytest.raises(TypeError, match=r"is none\.$"):
+        oc.project(rules)
+
+
+def test_a_rule_whose_leaf_was_masked_says_so():
+    mask = jax.tree.map(lambda _: False, PARAMS) | {"head": {"kernel": True}}
+    tx = optax.masked(oc.project({"Dense_0/kernel": oc.max_norm(1.0)}), mask)
+    message = r"'Dense_0/kernel' matches no leaf that is here: .* has masked 'Dense_0/kernel'\."
+    with pytest.raises(ValueError, match=message):
+        tx.init(PARAMS)
+    labels = jax.tree.map(lambda _: "rest", PARAMS) | {"head": {"kernel": "head"}}
+    tx = optax.multi_transform(
+        {
+            "head": oc.project({"head/*": oc.non_neg(), "k*": oc.unit_norm()}),
+            "rest": optax.sgd(1.0),
+        },
+        labels,
+    )
+    with pytest.warns(UserWarning, match="'k\\*' does nothing"):
+        tx.init(PARAMS)
+    tx = optax.multi_transform(
+        {"head": oc.project({"head/*": oc.non_neg(), "bias": None}), "rest": optax.sgd(1.0)}, labels
+    )
+    with pytest.raises(ValueError, match=r"has masked 'Dense_0/bias', 'block/inner/bias'\."):
+        tx.init(PARAMS)
+    # Masks go inside the variables of NNX.
+    params = nnx.state(_Tied(nnx.Rngs(0)), nnx.Param)
+    tx = optax.masked(
+        oc.project({"first/bias": oc.non_neg()}),
+        jax.tree.map_with_path(lambda keys, _: "kernel" in jax.tree_util.keystr(keys), params),
+    )
+    with pytest.raises(ValueError, match="has masked 'first/bias'"):
+        tx.init(params)
+
+
+def test_a_rule_for_nothing_at_all_does_not_speak_of_masks():
+    mask = jax.tree.map(lambda _: False, PARAMS) | {"head": {"kernel": True}}
+    for pattern in ("kernal", lambda path, leaf: leaf.ndim == 7):
+        tx = optax.masked(oc.project([(pattern, oc.max_norm(1.0))]), mask)
+        with pytest.raises(ValueError, match="closest paths are 'head/kernel'"):
+            tx.init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "advice", "first"),
+    [
+        ("Dense_0", "Dense_0/*", ["Dense_0/bias", "Dense_0/kernel"]),
+        ("/Dense_0", "/Dense_0/*", ["Dense_0/bias", "Dense_0/kernel"]),
+        ("Dense_0/", "Dense_0/*", ["Dense_0/bias", "Dense_0/kernel"]),
+        ("block", "block/**", ["block/gain", "block/inner/bias", "block/inner/kernel"]),
+        ("inner", "inner/*", ["block/inner/bias", "block/inner/kernel"]),
+        ("block/inner", "block/inner/*", ["block/inner/bias", "block/inner/kernel"]),
+        ("inn?r", "inn?r/*", ["block/inner/bias", "block/inner/kernel"]),
+    ],
+)
+def test_the_name_of_a_module_leads_to_its_leaves(rule, advice, first):
+    with pytest.raises(ValueError, match="matches no leaf") as error:
+        oc.project({rule: oc.non_neg()}).init(PARAMS)
+    text = str(error.value)
+    assert f"for all leaves in it write '{advice}'." in text
+    assert f"closest paths are {', '.join(map(repr, first))}" in text
+    leaves = oc.violations(PARAMS, {advice: oc.non_neg()})
+    assert list(leaves) == first
+
+
+@pytest.mark.parametrize(
+    ("rule", "first"),
+    [
+        ("Dens_0", "Dense_0/bias"),
+        ("iner", "block/inner/bias"),
+        ("Dense_0/kernl", "Dense_0/kernel"),
+        ("hed/kernel", "head/kernel"),
+    ],
+)
+def test_the_closest_paths_are_those_that_have_such_a_name(rule, first):
+    with pytest.raises(ValueError, match=f"closest paths are '{first}'.*Write the end of a path"):
+        oc.project({rule: oc.non_neg()}).init(PARAMS)
