@@ -1,5 +1,10 @@
 """What somebody tries in the first hour with the library, and what it says then."""
 
+import ast
+import re
+import warnings
+from typing import Any
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -11,6 +16,9 @@ import pytest
 from flax import nnx
 
 import optax_constraints as oc
+from optax_constraints import _axes
+from optax_constraints import flax as ocf
+from optax_constraints._axes import LeafLayout
 
 VERBS = [oc.constrain, oc.violations, oc.report, oc.assert_feasible]
 verbs = pytest.mark.parametrize("verb", VERBS, ids=[verb.__name__ for verb in VERBS])
@@ -226,3 +234,127 @@ def test_the_name_of_a_module_leads_to_its_leaves(rule, advice, first):
 def test_the_closest_paths_are_those_that_have_such_a_name(rule, first):
     with pytest.raises(ValueError, match=f"closest paths are '{first}'.*Write the end of a path"):
         oc.project({rule: oc.non_neg()}).init(PARAMS)
+
+
+# Axes that are not those of a unit's incoming weights.
+
+
+@pytest.fixture
+def warn_again():
+    _axes._warn_once.cache_clear()
+    yield
+    _axes._warn_once.cache_clear()
+
+
+class _Conv(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.Conv(4, (3, 3))(x).reshape(1, -1))
+
+
+def _linen_conv() -> Any:
+    return _Conv().init(jax.random.key(0), jnp.ones((1, 5, 5, 2)))["params"]
+
+
+CONTRADICTED = {
+    "Linen convolution": (_linen_conv, "Conv_0/kernel", (3, 3, 2, 4), (0, 1, 2)),
+    "Equinox linear": (
+        lambda: {"linear": eqx.nn.Linear(3, 4, key=jax.random.key(0))},
+        *("linear/weight", (4, 3), (1,)),
+    ),
+    "Equinox convolution": (
+        lambda: {"conv": eqx.nn.Conv2d(3, 4, 2, key=jax.random.key(0))},
+        *("conv/weight", (4, 3, 2, 2), (1, 2, 3)),
+    ),
+    "embedding": (
+        lambda: {"Embed_0": {"embedding": jnp.ones((7, 3))}},
+        *("Embed_0/embedding", (7, 3), (1,)),
+    ),
+    "attention": (
+        lambda: {"out": {"kernel": jnp.ones((2, 3, 4))}},
+        *("out/kernel", (2, 3, 4), (0, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [oc.max_norm, oc.unit_norm, oc.min_max_norm, oc.simplex])
+@pytest.mark.parametrize("name", CONTRADICTED)
+def test_the_default_axis_warns_where_names_and_ranks_contradict_it(name, make, warn_again):
+    tree, path, shape, fan_in = CONTRADICTED[name]
+    rules = {path: make()}
+    message = (
+        rf"^{make.__name__} on '{path}' of shape {re.escape(str(shape))}: axis=0 is not where the "
+        rf"incoming weights of a unit run, which is axis={re.escape(str(fan_in))}, by the name "
+        r"and rank of this leaf\. If you mean those, write axis='fan_in'\. If not, axis=0 is taken"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        oc.project(rules).init(tree())
+    assert [w.filename for w in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oc.report(tree(), rules)  # once is enough
+        oc.constrain(tree(), {path: make(axis="fan_in")})
+        oc.constrain(tree(), {path: make(axis=fan_in)})
+
+
+def test_the_warning_says_how_to_turn_it_off(warn_again):
+    params = {"proj": {"weight": jnp.ones((4, 3))}}
+    with pytest.warns(UserWarning, match="turns this warning off") as warned:
+        oc.constrain(params, oc.unit_norm())
+    call = re.search(r"warnings\.filterwarnings\((.*?)\) turns", str(warned[0].message))
+    assert call
+    _axes._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings(*ast.literal_eval(f"({call[1]})"))
+        new = oc.constrain(params, oc.unit_norm())
+    # It was taken as it is written.
+    np.testing.assert_allclose(np.linalg.norm(new["proj"]["weight"], axis=0), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "options"),
+    [
+        ({"Dense_0/kernel": oc.max_norm(1.0), "bias": oc.max_norm(1.0)}, {}),
+        ({"Conv_0/kernel": oc.max_norm(1.0, axis=None)}, {}),
+        ({"Conv_0/kernel": oc.max_norm(1.0, axis=(0, 1, 2, 3))}, {}),
+        ({"Conv_0/kernel": oc.max_norm(1.0, axis=())}, {}),
+        ({"Conv_0/kernel": oc.max_norm(1.0, axis=(-2, 0, 1))}, {}),
+        ({"mixer/gate": oc.max_norm(1.0), "stem/kernel": oc.max_norm(1.0)}, {}),
+        ({"layers/kernel": oc.stacked(oc.max_norm(1.0))}, {}),
+        ({"layers/kernel": oc.stacked(oc.orthogonal(axis=0))}, {}),
+        ({"weight": oc.stacked(oc.max_norm(1.0))}, {}),
+        ({"kernel": oc.non_neg()}, {}),
+        (
+            # What a layout says counts, and not the name.
+            {"Conv_0/kernel": oc.orthogonal(axis=0)},
+            {"layout": {"Conv_0/kernel": LeafLayout("Mine", (0,))}},
+        ),
+    ],
+)
+def test_no_warning_where_an_axis_fits_or_nobody_knows(rules, options, warn_again):
+    params = {
+        **_linen_conv(),
+        "mixer": {"gate": jnp.ones((3, 4))},
+        "stem": {"kernel": jnp.ones((3, 3, 2, 4))},
+        "layers": {"kernel": jnp.ones((5, 3, 4))},
+        "weight": jnp.ones((4, 3)),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oc.constrain(params, rules, **options)
+
+
+def test_a_layer_that_declares_an_axis_is_held_to_its_layout(warn_again):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return ocf.linen.Conv(4, (3, 3), kernel_constraint=oc.max_norm(1.0))(x)
+
+    model, x = Model(), jnp.ones((1, 5, 5, 2))
+    rules, layout = ocf.declared(model, x), ocf.layout(model, x)
+    params = model.init(jax.random.key(0), x)["params"]
+    with pytest.warns(
+        UserWarning, match=r"of a unit of this Conv run, which is axis=\(0, 1, 2\)\."
+    ):
+        oc.constrain(params, rules, layout=layout)

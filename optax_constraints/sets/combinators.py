@@ -143,7 +143,7 @@ class Stacked(_Around):
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """The constraint with its axes, and those of the constraint inside, settled."""
-        axes = settle_axis("Stacked", self.axis, shape, path)
+        axes = settle_axis("Stacked", self.axis, shape, path, of_units=False)
         own_layout = layout and LeafLayout(
             layout.layer,
             None if layout.fan_in is None else remove_axes(layout.fan_in, axes),
