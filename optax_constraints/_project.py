@@ -47,7 +47,7 @@ def project(
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point
-            leaf, or a mapping (or pairs) from pattern to constraint or None. The first
+            parameter, or a mapping (or pairs) from pattern to constraint or None. The first
             pattern that matches a leaf wins.
         every: Project on every so many steps only; the updates between pass through.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,

@@ -18,12 +18,14 @@ from optax_constraints._private import called_from_optax
 from optax_constraints._text import describe, shown, warn
 from optax_constraints._trees import (
     OtherStructureError,
+    are_parameters,
     check_some_arrays,
     leaves_by_path,
     masked_paths,
     rearranged,
     shape_and_dtype,
     without_boxes,
+    without_saved,
 )
 
 
@@ -112,6 +114,7 @@ class Bindings:
         """
         want = {key: bound.memory for key, bound in self._rememberers.items()}
         have = without_boxes(dict(memory)) if isinstance(memory, Mapping) else {}
+        have = without_saved(have, want)
         other = "it is the state of other rules or other parameters. Start with tx.init(params)."
         for key in sorted({*have, *want}):
             if key not in want:
@@ -284,8 +287,12 @@ class Binder:
             check_some_arrays(leaves)
         winners = []
         matched, won = set(), set()
-        for path, leaf in leaves:
-            matching = [i for i, rule in enumerate(self._rules) if rule.matches(path, leaf)]
+        for (path, leaf), is_parameter in zip(leaves, are_parameters(tree), strict=True):
+            matching = [
+                i
+                for i, rule in enumerate(self._rules)
+                if rule.matches(path, leaf) and (is_parameter or rule.pattern is not None)
+            ]
             matched.update(matching)
             won.update(matching[:1])
             winners.append(self._rules[matching[0]] if matching else None)

@@ -15,9 +15,12 @@ def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree in the order of `jax.tree.leaves`, each with its path.
 
     The path is the keys joined by "/". The attribute `value` under which Flax's variables and
-    boxes hold their array is left out; a key, field or attribute of that name elsewhere is not.
+    boxes hold their array is left out, and so is the key that takes its place when a whole state
+    of NNX is saved and comes back as dicts. A key, field or attribute of that name elsewhere is
+    not.
     """
-    return [(path_of(keys), leaf) for keys, leaf in _walk(tree)]
+    last = -1 if _is_saved_state(tree) else None
+    return [(path_of(keys[:last]), leaf) for keys, leaf in _walk(tree)]
 
 
 def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -36,17 +39,60 @@ _BOXED = jax.tree_util.DictKey("value")
 
 
 def _is_box(node: Any) -> bool:
-    return _is_box_type(type(node))
+    """Whether an object is a variable of NNX, or a box of metadata of Linen."""
+    return _is_flax(type(node), "Variable", "VariableState", "AxisMetadata")
 
 
 @functools.cache
-def _is_box_type(cls: type) -> bool:
-    """Whether objects of a class are variables of NNX, or boxes of metadata of Linen."""
-    names = ("Variable", "VariableState", "AxisMetadata")
+def _is_flax(cls: type, *names: str) -> bool:
+    """Whether a class is one of Flax' classes of these names, or a subclass."""
     return any(
         base.__name__ in names and base.__module__.partition(".")[0] == "flax"
         for base in cls.__mro__
     )
+
+
+def _is_saved_state(tree: Any) -> bool:
+    """Whether each array of a tree is in a dict of its own, under the key `value`.
+
+    One parameter called `value` tells nothing: attention has them. What Optax has masked may be
+    anything.
+    """
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: _is_saved_variable(x) or _is_masked(x))
+    return bool(nodes) and nodes[0] is not tree and all(map(_is_saved_variable, nodes))
+
+
+def _is_saved_variable(node: Any) -> bool:
+    is_one = isinstance(node, Mapping) and set(node) == {"value"}
+    return is_one and jax.tree.structure(node["value"]).num_nodes == 1
+
+
+def without_saved(tree: Any, like: Any) -> Any:
+    """A tree with arrays in the place of saved variables, unless another has them, too."""
+    if not _is_saved_state(tree) or _is_saved_state(like):
+        return tree
+    return jax.tree.map(lambda node: node["value"], tree, is_leaf=_is_saved_variable)
+
+
+# The collections that modules of Linen have beside their parameters.
+_COLLECTIONS = {"params", "batch_stats", "cache", "intermediates", "perturbations"}
+
+
+def are_parameters(tree: Any) -> list[bool]:
+    """Of each leaf, whether a constraint for all parameters is meant for it.
+
+    Where some of NNX' variables are Params, the other variables are not parameters; where there
+    are Linen's `params` beside other collections of its modules, those are not. In other trees
+    all leaves may be parameters.
+    """
+    if isinstance(tree, Mapping) and "params" in tree and _COLLECTIONS.issuperset(tree):
+        return [path.partition("/")[0] == "params" for path, _ in leaves_by_path(tree)]
+    kinds = [
+        type(node) for node in jax.tree.leaves(tree, is_leaf=_is_box) for _ in jax.tree.leaves(node)
+    ]
+    if not any(_is_flax(kind, "Param") for kind in kinds):
+        return [True] * len(kinds)
+    return [_is_flax(kind, "Param") or not _is_flax(kind, "Variable") for kind in kinds]
 
 
 def without_boxes(tree: Any) -> Any:

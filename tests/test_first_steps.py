@@ -6,17 +6,19 @@ import warnings
 from typing import Any
 
 import equinox as eqx
+import flax.core
 import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import optax_constraints as oc
-from optax_constraints import _axes
+from optax_constraints import _axes, _trees
 from optax_constraints import flax as ocf
 from optax_constraints._axes import LeafLayout
 
@@ -358,3 +360,157 @@ def test_a_layer_that_declares_an_axis_is_held_to_its_layout(warn_again):
         UserWarning, match=r"of a unit of this Conv run, which is axis=\(0, 1, 2\)\."
     ):
         oc.constrain(params, rules, layout=layout)
+
+
+# Checkpoints of NNX that come back without a target.
+
+
+class _Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(2, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.value = nnx.Linear(3, 3, rngs=rngs)
+
+
+def saved(state: Any, folder: Any) -> Any:
+    """What a checkpoint of a state is, once it has lost its types."""
+    path = folder / f"checkpoint{len(list(folder.iterdir()))}"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def test_a_restored_nnx_state_has_the_paths_of_its_module(tmp_path):
+    model = _Net(nnx.Rngs(0))
+    restored = saved(nnx.state(model), tmp_path)
+    assert set(restored["value"]["kernel"]) == {"value"}  # or this test is about nothing
+    rules = {"value/kernel": oc.max_norm(0.1), "/first/bias": oc.box(lower=0.5)}
+    assert oc.violations(restored, rules) == oc.violations(model, rules)
+    paths = [row.path for row in oc.report(model, None).rows]
+    assert [row.path for row in oc.report(restored, None).rows] == paths
+    new = oc.constrain(restored, rules)
+    assert jax.tree.structure(new) == jax.tree.structure(restored)
+    kernel = oc.constrain(model, rules).value.kernel[...]
+    np.testing.assert_array_equal(new["value"]["kernel"]["value"], kernel)
+    oc.constrain(restored, {"kernel": oc.max_norm(axis="fan_in")})
+
+
+def test_a_restored_state_remembers_what_the_module_does(tmp_path):
+    model = _Net(nnx.Rngs(0))
+    rules = {"kernel": oc.compose(oc.fixed_norm("init", axis=0), oc.max_norm("2x init"))}
+    optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1), oc.project(rules)), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    longer = jax.tree.map(lambda w: 1.5 * w, params)
+    state = optimizer.opt_state
+    expected = oc.violations(longer, rules, state=oc.project(rules).init(params))
+    assert min(map(float, expected.values())) > 0.1
+    restored = saved(nnx.state(optimizer), tmp_path)["opt_state"]
+    for tree in (longer, saved(longer, tmp_path)):
+        for own in (state, restored, oc.project(rules).init(saved(params, tmp_path))):
+            found = oc.violations(tree, rules, state=own)
+            assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "paths"),
+    [
+        ({"value": jnp.ones(2)}, ["value"]),
+        ({"a": {"value": jnp.ones(2)}, "b": jnp.ones(2)}, ["a/value", "b"]),
+        ({"a": {"value": jnp.ones(2), "key": jnp.ones(2)}}, ["a/key", "a/value"]),
+        ({"a": {"value": jnp.ones(2), "key": optax.MaskedNode()}}, ["a/value"]),
+        ({"a": {"value": jnp.ones(2)}, "b": optax.MaskedNode()}, ["a/value"]),
+        ({"a": {"value": {"kernel": jnp.ones(2)}}}, ["a/value/kernel"]),
+        ({"a": {"value": [jnp.ones(2)]}}, ["a/value/0"]),
+        # A state of NNX, also where a part of it is masked.
+        ({"a": {"value": jnp.ones(2)}, "value": {"value": jnp.ones(2)}}, ["a", "value"]),
+        ({"a": {"value": jnp.ones(2)}, "b": {"value": optax.MaskedNode()}}, ["a"]),
+        ({"a": {"value": {"value": jnp.ones(2)}}}, ["a/value"]),
+    ],
+)
+def test_a_key_called_value_is_left_out_only_if_all_arrays_have_it(params, paths):
+    assert sorted(oc.violations(params, oc.non_neg())) == paths
+
+
+class _Remembers(oc.Constraint):
+    """What it remembers looks like a saved variable."""
+
+    remembers = True
+
+    def __call__(self, w, /):
+        return jnp.asarray(w)
+
+    def remember(self, w):
+        return {"value": w.sum()}
+
+    def advance(self, w, memory):
+        return w * memory["value"], memory
+
+
+def test_what_a_constraint_of_ones_own_remembers_may_be_called_value():
+    state = oc.project({"w": _Remembers()}).init({"w": jnp.full(2, 1.5)})
+    new = oc.constrain({"w": jnp.ones(2)}, {"w": _Remembers()}, state=state)
+    np.testing.assert_array_equal(new["w"], [3, 3])
+
+
+# A bare constraint is for parameters.
+
+
+class _Weight(nnx.Variable):
+    """A user's own kind of variable."""
+
+
+class _Lora(nnx.Param):
+    """A user's own kind of parameter."""
+
+
+def test_a_bare_constraint_leaves_variables_that_are_no_parameters_alone():
+    model = _Net(nnx.Rngs(0))
+    model.lora, model.average = _Lora(jnp.full(2, -1.0)), _Weight(jnp.full(2, -1.0))
+    parameters = {"first", "value", "norm/scale", "norm/bias", "lora"}
+    for tree in (model, nnx.state(model), nnx.split(model)[1]):
+        new = oc.constrain(tree, oc.box(upper=-2.0))
+        before, after = (dict(_trees.leaves_by_path(t)) for t in (tree, new))
+        assert {"norm/mean", "norm/var", "average"} <= set(before)
+        for path in before:
+            taken = path in parameters or path.split("/")[0] in parameters
+            assert (before[path] is not after[path]) == taken, path
+        free = {row.path for row in oc.report(tree, oc.non_neg()).rows if row.constraint is None}
+        assert free >= {"norm/mean", "norm/var", "average"}
+        # Who names them gets them.
+        assert set(oc.violations(tree, {"mean": oc.non_neg(), "average": oc.non_neg()})) == {
+            *("average", "norm/mean")
+        }
+
+
+@pytest.mark.parametrize("kind", [_Weight, nnx.BatchStat])
+def test_without_params_a_bare_constraint_takes_all_variables(kind):
+    model = _Net(nnx.Rngs(0))
+    model.average = _Weight(jnp.full(2, -1.0))
+    paths = {_Weight: ["average"], nnx.BatchStat: ["norm/mean", "norm/var"]}[kind]
+    assert sorted(oc.violations(nnx.state(model, kind), oc.non_neg())) == paths
+
+
+class _LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
+
+
+@pytest.mark.parametrize("freeze", [dict, flax.core.freeze])
+def test_a_bare_constraint_on_linen_variables_is_for_its_params(freeze):
+    variables = freeze(_LinenNorm().init(jax.random.key(0), jnp.ones((2, 4))))
+    assert set(variables) == {"params", "batch_stats"}
+    new = oc.constrain(variables, oc.box(upper=-2.0))
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    assert all(np.all(leaf == -2) for leaf in jax.tree.leaves(new["params"]))
+    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
+    named = oc.violations(variables, {"batch_stats/**": oc.non_neg()})
+    assert sorted(path.split("/")[-1] for path in named) == ["mean", "var"]
+
+
+def test_other_trees_with_a_key_params_are_taken_whole():
+    w = jnp.ones(2)
+    for tree in ({"params": w, "log_alpha": w}, {"a": {"params": w, "cache": w}}, {"cache": w}):
+        assert len(oc.violations(tree, oc.non_neg())) == len(jax.tree.leaves(tree))
