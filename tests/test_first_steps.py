@@ -514,3 +514,42 @@ def test_other_trees_with_a_key_params_are_taken_whole():
     w = jnp.ones(2)
     for tree in ({"params": w, "log_alpha": w}, {"a": {"params": w, "cache": w}}, {"cache": w}):
         assert len(oc.violations(tree, oc.non_neg())) == len(jax.tree.leaves(tree))
+
+
+# What is for Flax only.
+
+NO_FLAX = {
+    "Linear": lambda: eqx.nn.Linear(2, 3, key=jax.random.key(0)),
+    "Transformed": lambda: hk.transform(lambda x: hk.Linear(3)(x)),
+    "dict": lambda: {"linear": {"w": jnp.ones((2, 3))}},
+    "class Linear": lambda: eqx.nn.Linear,
+    "NoneType": lambda: None,
+}
+
+
+@pytest.mark.parametrize("verb", [ocf.declared, ocf.layout])
+@pytest.mark.parametrize("kind", NO_FLAX)
+def test_declared_and_layout_of_other_models_lead_to_rules_by_path(kind, verb):
+    message = (
+        rf"{verb.__name__} takes a Linen or NNX module, and this {kind} is none\. .* write rules "
+        r"by path, such as \{'linear/weight': max_norm\(2\.0, axis='fan_in'\)\}, and no layout"
+    )
+    with pytest.raises(TypeError, match=message):
+        verb(NO_FLAX[kind](), jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize("verb", [ocf.declared, ocf.layout])
+@pytest.mark.parametrize("cls", [nn.Dense, nnx.Linear])
+def test_declared_and_layout_of_a_class_of_flax(cls, verb):
+    name = cls.__name__
+    with pytest.raises(TypeError, match=rf"{name} is a class; write {verb.__name__}\({name}\("):
+        verb(cls, jnp.ones((1, 2)))
+
+
+def test_what_that_error_advises_works():
+    model = {"linear": eqx.nn.Linear(2, 3, key=jax.random.key(0))}
+    new = oc.constrain(model, {"linear/weight": oc.unit_norm(axis="fan_in"), "bias": None})
+    np.testing.assert_allclose(np.linalg.norm(new["linear"].weight, axis=1), 1, rtol=1e-6)
+    assert oc.report(model, {"w*": oc.max_norm(2.0, axis=1)}).rows[0].axis == (1,)
+    weights = {"linear": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+    assert oc.report(weights, oc.max_norm(axis="fan_in")).rows[1].axis == (0,)
