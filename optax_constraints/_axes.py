@@ -66,16 +66,21 @@ def settle_axis(
     shape: tuple[int, ...],
     path: str | None = None,
     layout: LeafLayout | None = None,
+    *,
+    of_units: bool = True,
 ) -> tuple[int, ...]:
     """The axes of one leaf, as a sorted tuple of non-negative ints.
+
+    An explicit axis is taken as it is written. Where the incoming weights of a unit are known to
+    run along other axes, from a layout, or by the leaf's name and rank, there is a warning.
 
     Args:
         owner: The constraint, as errors name it.
         axis: The axis as the constraint holds it.
         shape: Shape of the leaf.
         path: Path of the leaf, or None for an array without one.
-        layout: What the model says of the leaf. An explicit axis that contradicts it is taken,
-            with a warning.
+        layout: What the model says of the leaf.
+        of_units: Whether these are the axes of units. Those of a stack are not.
 
     Returns:
         The axes along which one unit runs.
@@ -112,12 +117,21 @@ def settle_axis(
     settled = tuple(sorted(a % rank for a in axes))
     if len(set(settled)) < len(settled):
         raise ValueError(f"{where}: axis={axis!r} names an axis twice; name each axis once.")
-    if layout is not None and layout.fan_in is not None and settled != layout.fan_in:
-        _warn_once(
-            f"{where}: axis={axis!r} is not where the incoming weights of a unit of this "
-            f"{layout.layer} run, which is axis={layout.fan_in}. If you mean those, write "
-            "axis='fan_in'."
-        )
+    # No axes and all axes mean entries and the whole tensor, whatever a unit is.
+    if of_units and path is not None and 0 < len(settled) < rank:
+        fan_in = _told_by_name(path, shape) if layout is None else layout.fan_in
+        if fan_in is not None and fan_in != settled:
+            of_layer, how = (
+                ("", ", by the name and rank of this leaf")
+                if layout is None
+                else (f" of this {layout.layer}", "")
+            )
+            _warn_once(
+                f"{where}: axis={axis!r} is not where the incoming weights of a unit{of_layer} "
+                f"run, which is axis={fan_in}{how}. If you mean those, write axis='fan_in'. If "
+                f"not, axis={axis!r} is taken as it is written, and warnings.filterwarnings("
+                f"'ignore', {f'{owner} on .{path}'!r}) turns this warning off."
+            )
     return settled
 
 
@@ -145,6 +159,19 @@ def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, 
             f"{where}: axis='fan_in' is settled from the path of a leaf, and an array by "
             "itself has none; write the axes, such as axis=0 for a Dense kernel (in, out)."
         )
+    told = _told_by_name(path, shape)
+    if told is not None:
+        return told
+    rank = len(shape)
+    raise ValueError(
+        f"{where}: axis='fan_in' cannot be told from this name and rank: it may be a "
+        "convolution, a stack of layers, or a layer of your own. Write the axes of one "
+        f"unit's incoming weights, such as axis={_example(rank)}."
+    )
+
+
+def _told_by_name(path: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of a unit's incoming weights where name and rank leave no doubt, else None."""
     *parents, name = path.split("/")
     parent = parents[-1].lower() if parents else ""
     rank = len(shape)
@@ -167,11 +194,7 @@ def _fan_in(where: str, path: str | None, shape: tuple[int, ...]) -> tuple[int, 
         return (1,)
     if name == "weight" and (rank == 2 or conv):
         return tuple(range(1, rank))
-    raise ValueError(
-        f"{where}: axis='fan_in' cannot be told from this name and rank: it may be a "
-        "convolution, a stack of layers, or a layer of your own. Write the axes of one "
-        f"unit's incoming weights, such as axis={_example(rank)}."
-    )
+    return None
 
 
 def _example(rank: int) -> str:

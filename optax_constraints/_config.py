@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast, overload
@@ -157,12 +158,33 @@ def get(identifier: Any) -> Any:
                 f"an instance, such as {thing.__name__}(...)."
             ) from error
     if not callable(thing):
-        raise ValueError(
+        text = (
             f"Could not interpret constraint identifier: {identifier!r}. Write a constraint "
             "such as max_norm(2.0), a name such as 'max_norm', a config, or a function "
             "array -> array."
         )
+        raise ValueError(f"{text} {several(identifier)}".rstrip())
     return thing
+
+
+def several(given: Any) -> str:
+    """What to write instead, if somebody gives constraints in a list or tuple; else nothing."""
+    if not isinstance(given, (list, tuple)) or not given or not all(map(_is_one, given)):
+        return ""
+    parts = ", ".join(
+        thing.__name__ if inspect.isfunction(thing) or inspect.isclass(thing) else shown(thing)
+        for thing in given
+    )
+    if len(given) == 1:
+        return f"Write {parts} without the brackets around it."
+    return (
+        f"A leaf has one constraint: write compose({parts}), for one after the other, or "
+        f"intersection({parts}), for the nearest point that is in each of them, if they are convex."
+    )
+
+
+def _is_one(thing: Any) -> bool:
+    return thing in _registry if isinstance(thing, str) else callable(thing)
 
 
 def _look_up(name: str) -> Any:
@@ -187,7 +209,9 @@ def _look_up(name: str) -> Any:
 def serialize(thing: Any) -> Any:
     """The JSON form of a constraint or of whole rules.
 
-    For the classes that Keras has, it is the form that Keras gives, and loads there.
+    For the classes that Keras has, it is the form that Keras gives, and loads there. What Keras
+    does not know, such as ``axis="fan_in"`` or a bound relative to init, it refuses to load. The
+    form is strict JSON: infinities are the text `"Infinity"` and `"-Infinity"`.
 
     Args:
         thing: Anything `get` accepts, or rules: a mapping of patterns, or a sequence of
@@ -259,7 +283,12 @@ def _serialize_constraint(constraint: Any) -> dict[str, Any]:
     definition = constraint if is_function else type(constraint)
     module = None if is_function else own_classes.get(definition)
     if module is not None:
-        return _config(module, definition.__name__, constraint.get_config(), None)
+        config = _strict(constraint.get_config())
+        if module == _KERAS_MODULE and not all(map(_is_known_to_keras, config.values())):
+            # Keras goes by the name of the class alone, and would take the config and fail in
+            # training. With an argument that it does not know, it says so when it loads.
+            module, config = _OWN_MODULE, {"axis_name": None, **config}
+        return _config(module, definition.__name__, config, None)
     names = [name for name, known in _registry.items() if known is definition] or [
         # An object made before a notebook cell defined its class again.
         name
@@ -274,7 +303,7 @@ def _serialize_constraint(constraint: Any) -> dict[str, Any]:
         )
     if is_function:
         return _config(_OWN_MODULE, "function", names[0], names[0])
-    return _config(_OWN_MODULE, definition.__name__, constraint.get_config(), names[0])
+    return _config(_OWN_MODULE, definition.__name__, _strict(constraint.get_config()), names[0])
 
 
 def _config(module: str, class_name: str, config: Any, registered: str | None) -> dict[str, Any]:
@@ -284,6 +313,28 @@ def _config(module: str, class_name: str, config: Any, registered: str | None) -
         "config": config,
         "registered_name": registered,
     }
+
+
+def _is_known_to_keras(argument: Any) -> bool:
+    """Whether Keras takes this as a bound or an axis: finite numbers, several axes or None."""
+    if isinstance(argument, list):
+        return all(isinstance(axis, int) for axis in argument)
+    return argument is None or isinstance(argument, (int, float))
+
+
+# JSON has no such numbers. This is how the JSON form of protocol buffers writes them.
+_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _strict(value: Any) -> Any:
+    """A config in which numbers that JSON does not have are text."""
+    if isinstance(value, Mapping):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def to_json(what: str, value: Any) -> Any:
@@ -446,16 +497,22 @@ def _deserialize_constraint(config: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Reads `arg`, and the forms in which Keras writes tuples, NumPy arrays and tensors."""
+    """Reads `arg`, numbers that JSON does not have, and Keras' forms of tuples and arrays."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
     if not isinstance(value, Mapping):
         return value
     if set(value) == {"arg"}:
         return arg(value["arg"])
     kind, content = value.get("class_name"), value.get("config")
     if kind == "__tuple__" and isinstance(value.get("items"), list):
-        return tuple(value["items"])
+        return tuple(map(_plain, value["items"]))
     if kind in ("__numpy__", "__tensor__") and isinstance(content, Mapping):
-        return content.get("value")
+        return _plain(content.get("value"))
+    if "class_name" not in value:
+        return {key: _plain(part) for key, part in value.items()}
     return value
 
 

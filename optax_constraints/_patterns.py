@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax.numpy as jnp
 
 from optax_constraints._axes import LeafLayout
-from optax_constraints._config import Identifier, as_constraint, pattern_type
+from optax_constraints._config import Identifier, as_constraint, pattern_type, several
 from optax_constraints._constraint import Constraint
 from optax_constraints._text import shown
 from optax_constraints._trees import leaves_by_path, shape_and_dtype
@@ -303,7 +303,8 @@ def parse(rules: Rules) -> list[Rule]:
         for pair in rules:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
-                    f"Rules in a sequence are pairs (pattern, constraint), and {pair!r} is none."
+                    "Rules in a sequence are pairs (pattern, constraint), and "
+                    f"{pair!r} is none. {several(rules)}".rstrip()
                 )
         return _parse_pairs(list(rules), "")
     constraint = _as_constraint(rules)
@@ -411,16 +412,17 @@ def is_floating(leaf: Any) -> bool:
     return known is not None and jnp.issubdtype(known[1], jnp.floating)
 
 
-def unmatched(rule: Rule, paths: list[str], layers: set[str]) -> str:
-    """What to say of a rule that matches no leaf.
+def unmatched(rule: Rule, paths: list[str], layers: set[str], masked: Sequence[str] = ()) -> str:
+    """Why a rule matches no leaf, as far as that can be told, and what to write.
 
     Args:
         rule: The rule.
-        paths: The paths of all leaves.
+        paths: The paths of all leaves, of which there is at least one.
         layers: The types of layers in the layout.
+        masked: The paths of leaves that are not there, since Optax has masked them.
 
     Returns:
-        The message of an error.
+        The text of an error.
     """
     text = f"The rule {rule} matches no leaf"
     if needs_layout(cast(Pattern, rule.pattern)):
@@ -430,17 +432,54 @@ def unmatched(rule: Rule, paths: list[str], layers: set[str]) -> str:
             f"{text}: the parameters are one array without a path. Give a constraint without "
             "a pattern, or, if optax.flatten made that array, take flatten out of the way."
         )
-    if isinstance(rule.pattern, str):
-        depth = rule.pattern.strip("/").count("/") + 1
-        tail = {path: "/".join(path.split("/")[-depth:]) for path in paths}
-        key = rule.pattern.strip("/")
-        ranked = sorted(paths, key=lambda p: -difflib.SequenceMatcher(None, key, tail[p]).ratio())
-    else:
-        ranked = paths
-    shown = ", ".join(map(repr, ranked[:5]))
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    # A predicate would want the leaf.
+    hidden = [path for path in masked if not callable(rule.pattern) and rule.matches(path, None)]
+    if hidden:
+        return (
+            f"{text} that is here: optax.masked, optax.partition or the like has masked "
+            f"{_some(hidden)}. Leave the rule out here, and give it to a project that sees its "
+            "leaves; or pass strict=False."
+        )
+    if not isinstance(rule.pattern, str):
+        return (
+            f"{text} of the {len(paths)} in this tree. The closest paths are {_some(paths)}. {_HOW}"
+        )
+    name = rule.pattern.rstrip("/")
+    own = [path for path in paths if _glob(f"{name}/**", path)]
+    ranked = own + [path for path in _by_likeness(rule.pattern, paths) if path not in own]
+    advice = _HOW
+    if own:
+        below = "*" if all(_glob(f"{name}/*", path) for path in own) else "**"
+        advice = (
+            f"{rule} is the name of a module or of a container: for all leaves in it write "
+            f"'{name}/{below}'."
+        )
     return (
-        f"{text} of the {len(paths)} in this tree. The closest paths are {shown}{more}. Write "
-        "the end of a path, in whole segments; or pass strict=False if this tree is only a "
-        "part of the model."
+        f"{text} of the {len(paths)} in this tree. The closest paths are {_some(ranked)}. {advice}"
     )
+
+
+_HOW = (
+    "Write the end of a path, in whole segments; or pass strict=False if this tree is only a "
+    "part of the model."
+)
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(repr, paths[:5])) + more
+
+
+def _by_likeness(pattern: str, paths: list[str]) -> list[str]:
+    """Paths in the order in which a part of them, as long as the pattern, is like it."""
+    key = pattern.strip("/")
+    depth = key.count("/") + 1
+
+    def likeness(path: str) -> tuple[float, bool]:
+        segments = path.split("/")
+        parts = ["/".join(segments[i : i + depth]) for i in range(len(segments))]
+        ratios = [difflib.SequenceMatcher(None, key, part).ratio() for part in parts]
+        end = max(0, len(segments) - depth)
+        return max(ratios), ratios[end] == max(ratios)
+
+    return sorted(paths, key=likeness, reverse=True)

@@ -30,6 +30,7 @@ PRIVATE = (
             "_numbers.py",
             "_numerics.py",
             "_project.py",
+            "_report.py",
             "flax/_static.py",
             "sets/elementwise.py",
             "sets/simplex.py",
@@ -67,7 +68,7 @@ PRIVATE = (
         "flax.nnx.VariableState",
         ("_trees.py",),
         "Variables of NNX and boxes of Linen, subclasses of Flax's Variable and AxisMetadata, are "
-        "pytrees with the array at the key GetAttrKey('value').",
+        "pytrees with the array at the key GetAttrKey('value'); parameters of NNX are Params.",
     ),
     Private(
         "flax.linen.recurrent.DenseParams",

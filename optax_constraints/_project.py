@@ -17,6 +17,7 @@ from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder, Visit, like_before
 from optax_constraints._text import shown
+from optax_constraints._trees import check_arrays
 
 
 class ProjectState(NamedTuple):
@@ -46,7 +47,7 @@ def project(
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point
-            leaf, or a mapping (or pairs) from pattern to constraint or None. The first
+            parameter, or a mapping (or pairs) from pattern to constraint or None. The first
             pattern that matches a leaf wins.
         every: Project on every so many steps only; the updates between pass through.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,
@@ -161,7 +162,10 @@ def constrain(
     """Projects parameters now: at init, after loading or averaging, or after each update.
 
     Args:
-        params: Any tree of arrays.
+        params: Any tree of arrays. It is not changed. A module of Equinox or Flax NNX is such a
+            tree, too, and comes back as a new module; NNX variables that it shares come back
+            as copies. To change an NNX module in place, and leave shared variables shared:
+            ``nnx.update(model, constrain(nnx.state(model, nnx.Param), rules))``.
         rules: As for `project`.
         step: What schedules see; the first update is step 0.
         state: The optimizer's state, for constraints that remember weights at init. Without
@@ -176,7 +180,8 @@ def constrain(
         difference and this does not, without the rounding of that.
 
     Raises:
-        TypeError: If a rule names a leaf that is not floating-point.
+        TypeError: If a rule names a leaf that is not floating-point, or there are no arrays, as
+            in a Linen module.
         ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
 
     Example:
@@ -185,6 +190,7 @@ def constrain(
         >>> oc.constrain({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array([0., 2.], dtype=float32)}
     """
+    check_arrays(params)
     bind = Binder(rules, layout=layout, strict=strict)
     memory = bind.start(params) if state is None else memory_in(state)
     return constrain_bound(params, bind, memory, step=step, extra=extra)[0]
@@ -257,6 +263,7 @@ def visits(
     Raises:
         ValueError: If there is no state, and a constraint remembers weights at init.
     """
+    check_arrays(params)
     bound = Binder(rules, layout=layout, strict=strict)(params)
     for leaf in bound:
         if state is None and leaf.remembers:

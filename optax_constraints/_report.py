@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._groups import Group
 from optax_constraints._patterns import Rules
 from optax_constraints._project import distance, visits
-from optax_constraints._rules import Visit
+from optax_constraints._rules import Bound, Visit
 
 _WIDTH = 100
 _RIGHT = {"units", "at bound", "outside"}
@@ -129,7 +130,7 @@ def report(  # noqa: D417  # what verbs share is said once, in `constrain`
         The report; print it, or read its `rows`.
 
     Raises:
-        TypeError: If a rule names a leaf that is not floating-point.
+        TypeError: If a rule names a leaf that is not floating-point, or weights are traced.
         ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
 
     Example:
@@ -182,7 +183,7 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
 
     Raises:
         AssertionError: If a leaf is outside its set, or holds a NaN.
-        TypeError: If a rule names a leaf that is not floating-point.
+        TypeError: If a rule names a leaf that is not floating-point, or weights are traced.
         ValueError: If a rule matches no leaf, or a leaf does not have the axis asked for.
 
     Example:
@@ -210,11 +211,11 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
             continue
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
+        away = _read("assert_feasible", bound, distance(weights, constraint, memory))
         norms = [
             float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
             for w in arrays
         ]
-        away = map(float, jax.tree.leaves(distance(weights, constraint, memory)))
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
             eps = max(_numerics.eps(w.dtype) for w in arrays)
             rounding = 0 if constraint.elementwise else tolerance * eps * math.hypot(*norms)
@@ -254,11 +255,11 @@ def _rows(visit: Visit) -> list[Row]:
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
+    away = _read("report", bound, distance(weights, constraint, memory))
     at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
-    away = jax.tree.leaves(distance(weights, constraint, memory))
     name = bound.path if bound.is_group else None
     rows = [
-        dataclasses.replace(row, constraint=str(constraint), outside=float(own), group=name)
+        dataclasses.replace(row, constraint=str(constraint), outside=own, group=name)
         for row, own in zip(rows, away, strict=True)
     ]
     own = constraint.constraint if isinstance(constraint, Group) else constraint
@@ -269,6 +270,18 @@ def _rows(visit: Visit) -> list[Row]:
         at_bound=None if at_bound is None else int(at_bound.sum()),
     )
     return rows
+
+
+def _read(verb: str, bound: Bound, distances: Any) -> list[float]:
+    """Distances as numbers, or the reason why there are none to read."""
+    away = jax.tree.leaves(distances)
+    if any(isinstance(own, Tracer) for own in away):
+        raise TypeError(
+            f"{verb} reads the weights, and those of {bound.path!r} are traced here, as under "
+            f"jax.jit; call {verb} outside. Inside, write violations(params, rules): it returns "
+            "arrays, which the compiled function can return in turn."
+        )
+    return list(map(float, away))
 
 
 def _fit(widths: dict[str, int]) -> dict[str, int]:

@@ -29,10 +29,14 @@ from optax_constraints._private import called_from_optax
 from optax_constraints._text import describe, shown, warn
 from optax_constraints._trees import (
     OtherStructureError,
+    are_parameters,
+    check_some_arrays,
     leaves_by_path,
+    masked_paths,
     rearranged,
     shape_and_dtype,
     without_boxes,
+    without_saved,
 )
 
 
@@ -144,6 +148,7 @@ class Bindings:
         """
         want = {key: bound.memory for key, bound in self._rememberers.items()}
         have = without_boxes(dict(memory)) if isinstance(memory, Mapping) else {}
+        have = without_saved(have, want)
         other = "it is the state of other rules or other parameters. Start with tx.init(params)."
         for key in sorted({*have, *want}):
             if key not in want:
@@ -345,19 +350,24 @@ class Binder:
     def _bind(self, tree: Any) -> Bindings:
         named = leaves_by_path(tree)
         _check_not_flattened(named)
+        if self._rules and self._strict:
+            check_some_arrays(named)
         leaves = [
             _Leaf(place, path, leaf, self._leaf_layout(path))
             for place, (path, leaf) in enumerate(named)
         ]
+        parameters = are_parameters(tree)
         matched: dict[int, list[_Leaf]] = {i: [] for i in range(len(self._rules))}
         winners: dict[int, int] = {}
         for leaf in leaves:
             for i, rule in enumerate(self._rules):
+                if rule.pattern is None and not parameters[leaf.place]:
+                    continue
                 if rule.matches(leaf.path, leaf.leaf, leaf.layout):
                     matched[i].append(leaf)
                     winners.setdefault(leaf.place, i)
         if self._strict and leaves:
-            self._check_all_used(leaves, matched, set(winners.values()))
+            self._check_all_used(leaves, matched, set(winners.values()), tree)
             self._check_layout([leaf.path for leaf in leaves])
         bound = {leaf.place: _bind_leaf(None, leaf, set()) for leaf in leaves}
         for i, rule in enumerate(self._rules):
@@ -393,7 +403,11 @@ class Binder:
             )
 
     def _check_all_used(
-        self, leaves: "list[_Leaf]", matched: "dict[int, list[_Leaf]]", won: set[int]
+        self,
+        leaves: "list[_Leaf]",
+        matched: "dict[int, list[_Leaf]]",
+        won: set[int],
+        tree: Any,
     ) -> None:
         for i, rule in enumerate(self._rules):
             if rule.pattern is None:
@@ -405,7 +419,8 @@ class Binder:
                 )
             if not matched[i]:
                 layers = {leaf.layout.layer for leaf in leaves if leaf.layout}
-                raise ValueError(unmatched(rule, [leaf.path for leaf in leaves], layers))
+                paths = [leaf.path for leaf in leaves]
+                raise ValueError(unmatched(rule, paths, layers, masked_paths(tree)))
             if i not in won:
                 warn(
                     f"The rule {rule} does nothing: an earlier rule matches each of its leaves "

@@ -46,6 +46,10 @@ ROWS = {
     ),
     "`masked(project)`": ("holds if not masked", "test_masked"),
     "`partition`": ("holds if its label has `project`", "test_partition"),
+    "`project` around `partition` with `set_to_zero`": (
+        "holds; may move frozen leaves",
+        "test_frozen_leaves",
+    ),
     "`apply_if_finite`": ("holds", "test_wrappers.test_apply_if_finite"),
     "`conditionally_mask`": ("holds", "test_conditionally_mask"),
     "`conditionally_transform`": ("holds if the condition does", "test_conditionally_transform"),
@@ -272,6 +276,39 @@ def test_partition(kind):
 
 def every_second(step: Any):
     return step % 2 == 1
+
+
+@each_kind
+def test_frozen_leaves(kind):
+    labels = {"first": "trained", "second": "frozen"}
+    partition: Any = getattr(optax, "partition", None) or optax.multi_transform
+
+    def step(params, inside=(), around=()):
+        branches = {"trained": optax.chain(SGD, *inside), "frozen": optax.set_to_zero()}
+        tx = optax.chain(partition(branches, labels), *around)
+        updates, _ = tx.update(gradient(params), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    def same(new, old):
+        pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    rules, inside = RULES[kind], start(kind)
+    # Bit for bit, as long as they are in their sets.
+    assert same(step(inside, around=[oc.project(rules)])["second"], inside["second"])
+    far = {**inside, "second": jax.tree.map(lambda w: w - 3.0, inside["second"])}
+    if kind != "init":  # there, the norms at init are those of the frozen weights
+        moved = step(far, around=[oc.project(rules)])
+        assert not same(moved["second"], far["second"])
+        assert outside(kind, moved) < 1e-6
+    only_first = {f"first/{name}": constraint for name, constraint in rules.items()}
+    for new in (
+        step(far, around=[oc.project({"second/**": None, **rules})]),
+        step(far, inside=[oc.project(only_first)]),
+    ):
+        assert same(new["second"], far["second"])
+        assert not same(new["first"], far["first"])
+        assert outside(kind, dict(new, second=inside["second"])) < 1e-6
 
 
 @each_kind

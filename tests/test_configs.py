@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import optax
 import pytest
+from cases import CASES
 from keras.src.legacy.saving import json_utils
 
 import optax_constraints as oc
@@ -63,7 +64,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 
 def through_json(config):
-    return json.loads(json.dumps(config))
+    return json.loads(json.dumps(config, allow_nan=False))
 
 
 class Shifted(oc.Constraint):
@@ -234,6 +235,93 @@ def test_a_tuple_axis_survives_the_way_from_and_to_keras(name):
     assert oc.deserialize(json.loads(marked)) == ours
     there = keras.constraints.deserialize(oc.serialize(ours))
     np.testing.assert_array_equal(there(W), theirs(W))
+
+
+UNKNOWN_TO_KERAS = {
+    "fan_in": lambda: oc.max_norm(1.0, axis="fan_in"),
+    "text": lambda: oc.max_norm("2x init"),
+    "text in one of two": lambda: oc.min_max_norm(0.0, "init"),
+    "infinity": lambda: oc.max_norm(np.inf),
+    "axis_name": lambda: oc.unit_norm(axis_name="data"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_TO_KERAS)
+def test_what_keras_does_not_know_it_refuses_when_it_loads(name):
+    ours = UNKNOWN_TO_KERAS[name]()
+    config = through_json(oc.serialize(ours))
+    assert (config["module"], config["registered_name"]) == ("optax_constraints", None)
+    assert oc.deserialize(config) == ours
+    layer = keras.layers.Dense(3).get_config() | {"kernel_constraint": config}
+    for load in (
+        lambda: keras.constraints.deserialize(config),
+        lambda: keras.constraints.get(config),
+        lambda: keras.layers.Dense.from_config(layer),
+    ):
+        with pytest.raises(TypeError, match=r"(?s)Norm'> could not be .*axis_name"):
+            load()
+
+
+# Strict JSON.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_set_is_strict_json(case):
+    config = json.dumps(oc.serialize({"w": case.constraint}), allow_nan=False)
+    (loaded,) = oc.deserialize(json.loads(config)).values()
+    assert type(loaded) is type(case.constraint)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=case.shape), jnp.float32)
+    np.testing.assert_array_equal(loaded(w), case.constraint(w))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settings(oc.Constraint):
+    """A user's class with numbers in places of its own, and text that only looks like one."""
+
+    table: dict
+    order: str = "inf"
+
+    def __call__(self, w, /):
+        return jnp.asarray(w)
+
+    def get_config(self):
+        return {"table": self.table, "order": self.order}
+
+
+def test_numbers_that_json_does_not_have_are_text():
+    config = oc.serialize(oc.box(-np.inf, np.array([1.0, np.inf])))
+    assert config["config"] == {"lower": "-Infinity", "upper": [1.0, "Infinity"]}
+    loaded = oc.deserialize(through_json(config))
+    assert loaded.lower == -np.inf
+    np.testing.assert_array_equal(loaded.upper, [1, np.inf])
+    assert oc.box(0.0, np.inf).get_config() == {"lower": 0.0, "upper": np.inf}
+    # Also inside other constraints, and as Keras and older versions write them.
+    stack = oc.stacked(oc.soft(oc.box(0.0, np.inf), 0.5))
+    assert oc.deserialize(through_json(oc.serialize(stack))) == stack
+    assert oc.get({"class_name": "Box", "config": {"upper": np.inf}}).upper == np.inf
+    there = keras.constraints.serialize(keras.constraints.MaxNorm(np.inf))
+    assert oc.deserialize(there).max_value == np.inf
+
+
+def test_a_users_class_may_have_such_numbers_anywhere():
+    oc.register(Settings)
+    own = Settings({"low": -np.inf, "rows": [np.nan, (1.0, np.inf)]})
+    config = through_json(oc.serialize(own))
+    assert config["config"] == {
+        "table": {"low": "-Infinity", "rows": ["NaN", [1.0, "Infinity"]]},
+        "order": "inf",
+    }
+    loaded = oc.deserialize(config)
+    assert loaded.order == "inf"
+    assert loaded.table["low"] == -np.inf
+    np.testing.assert_array_equal(loaded.table["rows"][0], np.nan)
+    assert loaded.table["rows"][1] == [1.0, np.inf]
+
+
+@pytest.mark.parametrize("text", ["Infinity", "NaN", "infinity"])
+def test_such_text_is_checked_like_the_number(text):
+    with pytest.raises((TypeError, ValueError), match="rate="):
+        oc.get({"class_name": "MinMaxNorm", "config": {"rate": text}})
 
 
 def test_a_jax_number_in_a_keras_config_loads():

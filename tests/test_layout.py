@@ -130,6 +130,7 @@ def test_a_stack_is_constrained_layer_by_layer():
         (2, (0, 1), (0, 1)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.* is not where the incoming weights of a unit run")
 def test_the_axes_inside_are_those_of_one_slice(axis, inner, settled):
     constraint = oc.Stacked(oc.max_norm(1.0, axis=inner), axis)
     row = oc.report({"w": leaf(6, 4, 3)}, {"w": constraint}).rows[0]

@@ -405,6 +405,8 @@ def _() -> None:
     boxed = nn.Partitioned(jnp.ones(3), (None,))
     assert last_keys({"w": boxed}) == [value]
     assert "Variable" in bases(nnx.Param)
+    assert "Param" in bases(nnx.LoRAParam)
+    assert "Param" not in bases(nnx.BatchStat)
     assert "AxisMetadata" in bases(type(boxed))
 
 

@@ -34,9 +34,9 @@ def test_links_lead_somewhere(page):
 def test_code_block(code, output, tmp_path):
     # README shows results in float32.
     environment = {**os.environ, "JAX_ENABLE_X64": "0"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    # A warning, such as for a rule that does nothing, would be an example of what not to write.
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout == output
 

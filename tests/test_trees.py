@@ -22,6 +22,9 @@ X = jax.random.normal(jax.random.key(1), (16, 3), jnp.float32)
 Y = jax.random.normal(jax.random.key(2), (16, 2), jnp.float32)
 CAP = 0.4
 
+# The cap is along axis 0 in every framework, also where units run along other axes.
+pytestmark = pytest.mark.filterwarnings("ignore:MaxNorm on .(first|second)/weight")
+
 Parts = dict[str, list[Any]]
 """Leaves by what is asked of them: "capped" (norm along axis 0), "nonneg" and "free"."""
 

@@ -6,6 +6,7 @@
 
 from typing import Any
 
+from flax import linen as _flax_linen
 from flax import nnx as _flax_nnx
 
 from optax_constraints._axes import LeafLayout as LeafLayout
@@ -25,8 +26,11 @@ def declared(model: Any, *example_inputs: Any, **kwargs: Any) -> dict[str, Const
 
     Returns:
         Rules: a path from the root of the parameters -> constraint.
+
+    Raises:
+        TypeError: If the model is no module of Flax.
     """
-    return _framework(model).declared(model, *example_inputs, **kwargs)
+    return _framework("declared", model).declared(model, *example_inputs, **kwargs)
 
 
 def layout(model: Any, *example_inputs: Any, **kwargs: Any) -> dict[str, LeafLayout]:
@@ -40,9 +44,28 @@ def layout(model: Any, *example_inputs: Any, **kwargs: Any) -> dict[str, LeafLay
 
     Returns:
         Path -> type of the layer, axes of a unit's incoming weights, axes of stacked layers.
+
+    Raises:
+        TypeError: If the model is no module of Flax.
     """
-    return _framework(model).layout(model, *example_inputs, **kwargs)
+    return _framework("layout", model).layout(model, *example_inputs, **kwargs)
 
 
-def _framework(model: Any) -> Any:
-    return nnx if isinstance(model, _flax_nnx.Module) else linen
+def _framework(verb: str, model: Any) -> Any:
+    if isinstance(model, _flax_nnx.Module):
+        return nnx
+    if isinstance(model, _flax_linen.Module):
+        return linen
+    if isinstance(model, type) and issubclass(model, (_flax_nnx.Module, _flax_linen.Module)):
+        raise TypeError(
+            f"{verb} takes a model, and {model.__name__} is a class; write {verb}"
+            f"({model.__name__}(...)), with its arguments."
+        )
+    kind = f"class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"{verb} takes a Linen or NNX module, and this {kind} is none. For models of Equinox, "
+        "Haiku and others write rules by path, such as {'linear/weight': max_norm(2.0, "
+        "axis='fan_in')}, and no layout: 'fan_in' knows the names of their layers, `weight` and "
+        "`w` with `bias` and `b`, and says where it does not; write the axes there, such as "
+        "axis=1 for a weight (out, in)."
+    )

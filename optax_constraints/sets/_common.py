@@ -236,7 +236,9 @@ class MatrixSet(Constraint):
                 f"{where}: a matrix has two axes; leave this leaf free with a rule that maps "
                 "its path to None."
             )
-        rows = (len(shape) - 2,) if self.axis is None else settle_axis(name, self.axis, shape, path)
+        rows = (len(shape) - 2,)
+        if self.axis is not None:
+            rows = settle_axis(name, self.axis, shape, path, of_units=False)
         columns = (len(shape) - 1,) if self.axis is None else drop_axes(range(len(shape)), rows)
         if not rows or not columns:
             raise ValueError(

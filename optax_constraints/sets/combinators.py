@@ -142,7 +142,7 @@ class Stacked(Around):
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """The constraint with its axes, and those of the constraint inside, settled."""
-        axes = settle_axis("Stacked", self.axis, shape, path)
+        axes = settle_axis("Stacked", self.axis, shape, path, of_units=False)
         inner = self.constraint.settle(
             path, drop_axes(shape, axes), layout and layout.without(axes)
         )

@@ -526,17 +526,23 @@ class Scale(Constraint):
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """This constraint for one leaf, to which its factor has to broadcast."""
-        settled = cast(Scale, super().settle(path, shape, layout))
+        axis = self.axis
+        if axis is not None:
+            axis = settle_axis("Scale", axis, shape, path, layout, of_units=False)
+        settled = Constraint.settle(self._replace(axis=None), path, shape, layout)
+        settled = cast(Scale, settled)._replace(axis=axis)
         if not isinstance(settled.factor, (str, Arg)) and not is_schedule(settled.factor):
             settled._shape(path, shape, np.shape(cast(Any, settled.factor)))
-        return settled if self.axis is not None else settled._replace(axis=None)
+        return settled
 
     def _shape(
         self, path: str | None, shape: tuple[int, ...], own: tuple[int, ...]
     ) -> tuple[int, ...]:
         """The shape with which a factor broadcasts to the weights."""
         if len(own) < len(shape) and own and self.axis is not None:
-            units = drop_axes(range(len(shape)), settle_axis("Scale", self.axis, shape, path))
+            units = drop_axes(
+                range(len(shape)), settle_axis("Scale", self.axis, shape, path, of_units=False)
+            )
             filled = (1,) * (len(units) - len(own)) + own
             if len(units) == len(filled):
                 own = tuple(filled[units.index(a)] if a in units else 1 for a in range(len(shape)))
