@@ -283,7 +283,7 @@ def test_frozen_leaves(kind):
     labels = {"first": "trained", "second": "frozen"}
     partition: Any = getattr(optax, "partition", None) or optax.multi_transform
 
-    def step(params, inside=(), around=()):
+    def step(params, inside=(), around=()) -> Any:
         branches = {"trained": optax.chain(SGD, *inside), "frozen": optax.set_to_zero()}
         tx = optax.chain(partition(branches, labels), *around)
         updates, _ = tx.update(gradient(params), tx.init(params), params)

@@ -311,9 +311,9 @@ def test_bad_hyperparameters(make, error, text):
 
 def test_a_normal_has_the_shape_of_a_unit():
     constraint = HalfSpace(np.ones(3), 1.0, axis=1)
-    text = r"HalfSpace on 'a/kernel' of shape \(3, 4\): a unit along axis=1 has shape \(4,\)"
+    text = r"HalfSpace on 'a/gate' of shape \(3, 4\): a unit along axis=1 has shape \(4,\)"
     with pytest.raises(ValueError, match=text):
-        oc.project({"kernel": constraint}).init({"a": {"kernel": jnp.zeros((3, 4))}})
+        oc.project({"gate": constraint}).init({"a": {"gate": jnp.zeros((3, 4))}})
     with pytest.raises(ValueError, match=r"write a normal of shape \(4,\), or another axis"):
         constraint(jnp.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"normal has shape \(1,\)"):
