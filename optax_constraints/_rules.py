@@ -31,6 +31,7 @@ from optax_constraints._trees import (
     OtherStructureError,
     are_parameters,
     check_some_arrays,
+    is_saved_state,
     leaves_by_path,
     masked_paths,
     rearranged,
@@ -357,13 +358,16 @@ class Binder:
             for place, (path, leaf) in enumerate(named)
         ]
         parameters = are_parameters(tree)
+        # Of what only looks like a saved state, a rule may name the whole path.
+        ending = "/value" if is_saved_state(tree) else ""
         matched: dict[int, list[_Leaf]] = {i: [] for i in range(len(self._rules))}
         winners: dict[int, int] = {}
         for leaf in leaves:
             for i, rule in enumerate(self._rules):
                 if rule.pattern is None and not parameters[leaf.place]:
                     continue
-                if rule.matches(leaf.path, leaf.leaf, leaf.layout):
+                names = {leaf.path, leaf.path + ending}
+                if any(rule.matches(name, leaf.leaf, leaf.layout) for name in names):
                     matched[i].append(leaf)
                     winners.setdefault(leaf.place, i)
         if self._strict and leaves:

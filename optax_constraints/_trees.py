@@ -21,7 +21,7 @@ def leaves_by_path(
     of NNX is saved and comes back as dicts. A key, field or attribute of that name elsewhere is
     not.
     """
-    last = -1 if _is_saved_state(tree) else None
+    last = -1 if is_saved_state(tree) else None
     return [(path_of(keys[:last]), leaf) for keys, leaf in _walk(tree, is_leaf)]
 
 
@@ -54,7 +54,7 @@ def _is_flax(cls: type, *names: str) -> bool:
     )
 
 
-def _is_saved_state(tree: Any) -> bool:
+def is_saved_state(tree: Any) -> bool:
     """Whether each array of a tree is in a dict of its own, under the key `value`.
 
     One parameter called `value` tells nothing: attention has them. What Optax has masked may be
@@ -71,7 +71,7 @@ def _is_saved_variable(node: Any) -> bool:
 
 def without_saved(tree: Any, like: Any) -> Any:
     """A tree with arrays in the place of saved variables, unless another has them, too."""
-    if not _is_saved_state(tree) or _is_saved_state(like):
+    if not is_saved_state(tree) or is_saved_state(like):
         return tree
     return jax.tree.map(lambda node: node["value"], tree, is_leaf=_is_saved_variable)
 

@@ -448,6 +448,12 @@ class _Remembers(oc.Constraint):
         return w * memory["value"], memory
 
 
+def test_where_it_is_not_certain_a_rule_may_name_the_key_called_value():
+    params = {"attention": {"value": -jnp.ones(2)}}
+    for pattern in ("value", "attention/value", "attention", "/attention", "/attention/value"):
+        assert oc.constrain(params, {pattern: oc.non_neg()})["attention"]["value"].min() == 0
+
+
 def test_what_a_constraint_of_ones_own_remembers_may_be_called_value():
     state = oc.project({"w": _Remembers()}).init({"w": jnp.full(2, 1.5)})
     new = oc.constrain({"w": jnp.ones(2)}, {"w": _Remembers()}, state=state)
