@@ -115,6 +115,9 @@ class Bindings:
     def __iter__(self) -> Iterator[Bound]:
         return iter(self._bound)
 
+    def __len__(self) -> int:
+        return len(self._bound)
+
     @property
     def _rememberers(self) -> dict[str, Bound]:
         """By the key of its memory, what has one."""
