@@ -136,19 +136,25 @@ def test_convex_says_whether_points_between_two_are_inside(case: Case):
     assert (max(outside) < 1e-6) == convex
 
 
-@each_case
-@each_dtype
-@both_modes
-@pytest.mark.parametrize(
-    "optimizer",
-    # float16 has no room for Adam's default eps.
-    [optax.sgd(0.1), optax.adam(0.1, eps=1e-3)],
-    ids=["sgd", "adam"],
-)
-def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
-    tx = optax.chain(optimizer, oc.project(case.constraint))
-    params = case.constraint(weights(dtype=dtype, shape=case.shape))
-    state = tx.init(params)
+# float16 has no room for Adam's default eps.
+OPTIMIZERS = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.1, eps=1e-3)}
+
+
+def either(adam: jax.Array) -> optax.GradientTransformation:
+    """The one optimizer or the other, as an argument: one program for both."""
+    moments = optax.scale_by_adam(eps=1e-3)
+
+    def update(gradient, state, params=None):
+        direction, state = moments.update(gradient, state, params)
+        return jnp.where(adam, direction, gradient), state
+
+    return optax.chain(
+        optax.GradientTransformation(moments.init, update), optax.scale_by_learning_rate(0.1)
+    )
+
+
+def trained(tx: optax.GradientTransformation, params: jax.Array, gradients: jax.Array, scan):
+    """The weights after each step."""
 
     def step(carry, gradient):
         params, state = carry
@@ -156,17 +162,48 @@ def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
         params = jnp.asarray(optax.apply_updates(params, updates))
         return (params, state), params
 
-    steps = 50
-    gradients = weights(dtype=dtype, seed=1, shape=(steps, *case.shape))
-    if jit:
-        _, after = jax.jit(lambda *carry: jax.lax.scan(step, carry, gradients))(params, state)
-    else:
-        after, carry = [], (params, state)
-        for gradient in gradients:
-            carry, params = step(carry, gradient)
-            after.append(params)
-    worst = max(np.max(case.outside(float64(params))) for params in after)
-    assert worst <= (0 if case.constraint.elementwise else case.slack * eps(dtype))
+    return scan(step, (params, tx.init(params)), gradients)[1]
+
+
+def eager_scan(step, carry, xs):
+    after = []
+    for x in xs:
+        carry, y = step(carry, x)
+        after.append(y)
+    return carry, after
+
+
+@each_case
+@each_dtype
+@both_modes
+def test_outside_after_apply_updates(case: Case, dtype, jit):
+    projection = oc.project(case.constraint)
+    params = case.constraint(weights(dtype=dtype, shape=case.shape))
+    gradients = weights(dtype=dtype, seed=1, shape=(50, *case.shape))
+
+    @jax.jit
+    def compiled(adam, params, gradients):
+        tx = optax.chain(either(adam), projection)
+        return trained(tx, params, gradients, jax.lax.scan)
+
+    for name, optimizer in OPTIMIZERS.items():
+        if jit:
+            after = compiled(name == "adam", params, gradients)
+        else:
+            after = trained(optax.chain(optimizer, projection), params, gradients, eager_scan)
+        worst = max(np.max(case.outside(float64(params))) for params in after)
+        limit = 0 if case.constraint.elementwise else case.slack * eps(dtype)
+        assert worst <= limit, f"after a step with {name}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_either_is_the_one_optimizer_or_the_other(dtype):
+    # What the test above relies on.
+    params, gradients = weights(dtype=dtype), weights(dtype=dtype, seed=1, shape=(5, 7, 5, 3))
+    for name, optimizer in OPTIMIZERS.items():
+        got = trained(either(jnp.asarray(name == "adam")), params, gradients, eager_scan)
+        want = trained(optimizer, params, gradients, eager_scan)
+        assert list(map(bits, got)) == list(map(bits, want)), name
 
 
 @pytest.mark.parametrize(
