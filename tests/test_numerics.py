@@ -224,6 +224,7 @@ def test_huge_and_tiny_values(case: Case, dtype, jit, scale):
     )
 
 
+@pytest.mark.float16
 @pytest.mark.skipif(jnp.float16 not in DTYPES, reason="float16 is for the run without x64")
 @pytest.mark.parametrize("scale", [6e4, 1e-4, 6e-8])
 @each_case
