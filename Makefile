@@ -6,27 +6,64 @@ BIN := .venv/bin
 # another, and a singular value decomposition take seconds.
 export OPENBLAS_NUM_THREADS := 1
 
+tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
+PYTEST := python -m pytest -n 2 --dist worksteal
+# What looks at numbers, compiled as users compile it.
+NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity simplex order \
+	matrix spectral elementwise combinators tangent groups)
+# The rest looks at structure, at messages, and at whether sets hold at all. Compiling takes most
+# of its time, so `make test` has it compiled with less optimization, and `make test-all` without.
+REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
+QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # What depends on the dtype runs in float64, too.
-FLOAT64 := $(addprefix tests/test_,$(addsuffix .py,numerics simplex order matrix spectral \
-	elementwise combinators tangent known_answers project memory properties pytrees modes))
+FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py,$(NUMBERS)) \
+	$(call tests,project memory pytrees modes)
 
-.PHONY: demo test test-floor bench mutants lint clean
+.PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
+.PHONY: test-newer test-rest bench mutants lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
 
 test: .venv/.tests lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(FLOAT64)
+	$(BIN)/$(PYTEST) -m "not slow and not float16" $(NUMBERS)
+# A newer JAX may not know these flags, and then stops at once: it goes without.
+	flags="$(QUICKLY)"; \
+	XLA_FLAGS="$$flags" $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null || flags=; \
+	XLA_FLAGS="$$flags" $(BIN)/$(PYTEST) -m "not slow and not float16" $(REST)
+
+# What `make test` leaves out; the two together are everything.
+test-all: lint test-left-out test-float64 test-floor test-newest
+
+test-left-out: .venv/.tests
+	$(BIN)/$(PYTEST) -m "slow or float16"
+
+test-float64: .venv/.tests
+	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
+
+# The same tests on the lowest versions that pyproject.toml allows, in float32.
+test-floor: .venv-floor/.tests
+	.venv-floor/bin/$(PYTEST) -m "not slow" -k "not float16" tests
+
+# And on the newest versions, which need a newer Python than python3 may be: the newest one on
+# this machine is taken. If none is newer than that of .venv, that has the newest versions
+# already, and what `make test` had compiled quickly is left to run.
+KNOWN := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\).*/\1/p' pyproject.toml)
+NEWEST = $(shell $(BIN)/python tests/newer_python.py $(KNOWN))
+test-newest: .venv/.tests
+	$(MAKE) $(if $(NEWEST),test-newer NEWEST=$(NEWEST),test-rest)
+
+test-newer: .venv-newest/.tests
+	.venv-newest/bin/$(PYTEST) -m "not slow" -k "not float16" $(REST)
+
+test-rest: .venv/.tests
+	@echo "no Python here is newer than that of .venv, which has the newest versions already"
+	$(BIN)/$(PYTEST) -m "not slow" -k "not float16" $(REST)
 
 lint: .venv/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-
-# The same tests on the lowest versions that pyproject.toml allows, in float32.
-test-floor: .venv-floor/.tests
-	.venv-floor/bin/python -m pytest -n 2 --dist worksteal -m "not slow" -k "not float16" tests
 
 bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
@@ -45,5 +82,10 @@ mutants: .venv/.tests
 	.venv-floor/bin/python -m pip install -q -e '.[tests]' -c tests/floors.txt
 	touch $@
 
+.venv-newest/.tests: pyproject.toml
+	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -e '.[tests]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .compilation_cache build dist *.egg-info
+	rm -rf .venv .venv-floor .venv-newest .compilation_cache build dist *.egg-info

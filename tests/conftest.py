@@ -12,7 +12,17 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax.numpy as jnp
+
 from optax_constraints import _config, _constraint
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test that has float16 among its parameters."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(value is jnp.float16 for value in given):
+            item.add_marker("float16")
 
 
 @pytest.fixture

@@ -455,9 +455,10 @@ def main() -> None:
     # shardings than the inputs have, with Adam alone, too.
     jax.config.update("jax_use_shardy_partitioner", True)
     checks = Checks()
-    if len(sys.argv) == 1:
+    every = [group for group in GROUPS if group != "processes"]
+    if not sys.argv[1:] or sys.argv[1] in every:
         jax.config.update("jax_num_cpu_devices", 8)
-        shape, groups = (4, 2), [g for g in GROUPS if g != "processes"]
+        shape, groups = (4, 2), sys.argv[1:] or every
     else:
         port, count, process = map(int, sys.argv[1:])
         jax.config.update("jax_num_cpu_devices", 2)
@@ -468,7 +469,7 @@ def main() -> None:
     if groups != ["processes"]:
         self_test(checks, mesh)
         every_set(checks)
-        if hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7
+        if groups == every and hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7
             explicit_axes(checks)
     elif jax.process_count() == 2:
         hyperparameters(checks, mesh)

@@ -66,9 +66,23 @@ def check(report: dict, *kinds: str) -> None:
     assert set(report["passed"]) == set(kinds)
 
 
-@pytest.mark.skipif(
+without_x64 = pytest.mark.skipif(
     jax.config.jax_enable_x64, reason="the worker looks at float32, which it does without x64"
 )
+
+
+@without_x64
+def test_two_groups_on_eight_devices():
+    """Norms and elementwise sets, which stand for all five groups in `make test`."""
+    (report,) = run(("norms of leaves", "elementwise"), timeout=300)
+    kinds = ["self-test", "every set", "equality", "shardings", "donation", "compilations"]
+    check(report, *kinds, "collectives", "constrain and violations")
+    assert report["passed"]["donation"] == len(report["worst"]) == 2
+    assert report["passed"]["equality"] > 100
+
+
+@pytest.mark.slow
+@without_x64
 def test_eight_devices():
     """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
     (report,) = run((), timeout=300)

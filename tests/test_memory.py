@@ -25,16 +25,20 @@ PARAMS = {
 RULES = {"kernel": oc.fixed_norm("init"), "bias": oc.non_neg()}
 
 
-def train(tx, params, state, steps: int, seed: int = 0):
+@functools.partial(jax.jit, static_argnames="update")
+def scanned(update, params, state, keys):
     def step(carry, key):
         params, state = carry
         keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
         grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype), params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    keys = jax.random.split(jax.random.key(seed), steps)
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])((params, state))
+    return jax.lax.scan(step, (params, state), keys)[0]
+
+
+def train(tx, params, state, steps: int, seed: int = 0):
+    return scanned(tx.update, params, state, jax.random.split(jax.random.key(seed), steps))
 
 
 def test_the_state_has_the_norms_at_init_by_path():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, DTYPES, Case, Interval, bits, float64, norms
+from cases import CASES, DTYPES, Case, Interval, bits, derivatives, float64, norms
 
 import optax_constraints as oc
 from optax_constraints import _numerics
@@ -136,19 +136,25 @@ def test_convex_says_whether_points_between_two_are_inside(case: Case):
     assert (max(outside) < 1e-6) == convex
 
 
-@each_case
-@each_dtype
-@both_modes
-@pytest.mark.parametrize(
-    "optimizer",
-    # float16 has no room for Adam's default eps.
-    [optax.sgd(0.1), optax.adam(0.1, eps=1e-3)],
-    ids=["sgd", "adam"],
-)
-def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
-    tx = optax.chain(optimizer, oc.project(case.constraint))
-    params = case.constraint(weights(dtype=dtype, shape=case.shape))
-    state = tx.init(params)
+# float16 has no room for Adam's default eps.
+OPTIMIZERS = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.1, eps=1e-3)}
+
+
+def either(adam: jax.Array) -> optax.GradientTransformation:
+    """The one optimizer or the other, as an argument: one program for both."""
+    moments = optax.scale_by_adam(eps=1e-3)
+
+    def update(gradient, state, params=None):
+        direction, state = moments.update(gradient, state, params)
+        return jnp.where(adam, direction, gradient), state
+
+    return optax.chain(
+        optax.GradientTransformation(moments.init, update), optax.scale_by_learning_rate(0.1)
+    )
+
+
+def trained(tx: optax.GradientTransformation, params: jax.Array, gradients: jax.Array, scan):
+    """The weights after each step."""
 
     def step(carry, gradient):
         params, state = carry
@@ -156,17 +162,48 @@ def test_outside_after_apply_updates(case: Case, dtype, jit, optimizer):
         params = jnp.asarray(optax.apply_updates(params, updates))
         return (params, state), params
 
-    steps = 50
-    gradients = weights(dtype=dtype, seed=1, shape=(steps, *case.shape))
-    if jit:
-        _, after = jax.jit(lambda *carry: jax.lax.scan(step, carry, gradients))(params, state)
-    else:
-        after, carry = [], (params, state)
-        for gradient in gradients:
-            carry, params = step(carry, gradient)
-            after.append(params)
-    worst = max(np.max(case.outside(float64(params))) for params in after)
-    assert worst <= (0 if case.constraint.elementwise else case.slack * eps(dtype))
+    return scan(step, (params, tx.init(params)), gradients)[1]
+
+
+def eager_scan(step, carry, xs):
+    after = []
+    for x in xs:
+        carry, y = step(carry, x)
+        after.append(y)
+    return carry, after
+
+
+@each_case
+@each_dtype
+@both_modes
+def test_outside_after_apply_updates(case: Case, dtype, jit):
+    projection = oc.project(case.constraint)
+    params = case.constraint(weights(dtype=dtype, shape=case.shape))
+    gradients = weights(dtype=dtype, seed=1, shape=(50, *case.shape))
+
+    @jax.jit
+    def compiled(adam, params, gradients):
+        tx = optax.chain(either(adam), projection)
+        return trained(tx, params, gradients, jax.lax.scan)
+
+    for name, optimizer in OPTIMIZERS.items():
+        if jit:
+            after = compiled(name == "adam", params, gradients)
+        else:
+            after = trained(optax.chain(optimizer, projection), params, gradients, eager_scan)
+        worst = max(np.max(case.outside(float64(params))) for params in after)
+        limit = 0 if case.constraint.elementwise else case.slack * eps(dtype)
+        assert worst <= limit, f"after a step with {name}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_either_is_the_one_optimizer_or_the_other(dtype):
+    # What the test above relies on.
+    params, gradients = weights(dtype=dtype), weights(dtype=dtype, seed=1, shape=(5, 7, 5, 3))
+    for name, optimizer in OPTIMIZERS.items():
+        got = trained(either(jnp.asarray(name == "adam")), params, gradients, eager_scan)
+        want = trained(optimizer, params, gradients, eager_scan)
+        assert list(map(bits, got)) == list(map(bits, want)), name
 
 
 @pytest.mark.parametrize(
@@ -187,6 +224,7 @@ def test_huge_and_tiny_values(case: Case, dtype, jit, scale):
     )
 
 
+@pytest.mark.float16
 @pytest.mark.skipif(jnp.float16 not in DTYPES, reason="float16 is for the run without x64")
 @pytest.mark.parametrize("scale", [6e4, 1e-4, 6e-8])
 @each_case
@@ -233,28 +271,22 @@ def test_nan_stays_in_its_own_unit(case: Case, dtype, jit):
 
 
 @each_case
-def test_jvp_is_that_of_the_projection(case: Case):
-    w, dw = weights(2.0, shape=case.shape), weights(seed=1, shape=case.shape)
-    _, got = jax.jvp(case.constraint, (w,), (dw,))
+def test_jvp_is_that_of_the_projection_and_vjp_its_transpose(case: Case):
+    w, dw, cotangent = (
+        weights(scale, seed=seed, shape=case.shape) for seed, scale in enumerate((2.0, 1.0, 1.0))
+    )
+    forward, backward = derivatives(case.constraint, w, dw, cotangent)
     h = 1e-6
     want = (
         case.project(float64(w) + h * float64(dw)) - case.project(float64(w) - h * float64(dw))
     ) / (2 * h)
-    np.testing.assert_allclose(float64(got), want, rtol=1e-4, atol=1e-5)
-
-
-@each_case
-def test_vjp_is_the_transpose_of_the_jvp(case: Case):
-    w, dw, cotangent = (
-        weights(scale, seed=seed, shape=case.shape) for seed, scale in enumerate((2.0, 1.0, 1.0))
-    )
-    _, forward = jax.jvp(case.constraint, (w,), (dw,))
-    (backward,) = jax.vjp(case.constraint, w)[1](cotangent)
+    np.testing.assert_allclose(float64(forward), want, rtol=1e-4, atol=1e-5, err_msg="jvp")
     np.testing.assert_allclose(
         np.sum(float64(forward) * float64(cotangent)),
         np.sum(float64(dw) * float64(backward)),
         rtol=1e-4,
         atol=1e-5,
+        err_msg="vjp",
     )
 
 
@@ -270,13 +302,13 @@ def test_derivative_at_a_unit_vector_is_the_tangent_part():
 @pytest.mark.parametrize("value", [0.0, 1e-18, 1e30])
 def test_gradients_are_finite(case: Case, value):
     w = jnp.full(case.shape, value, WIDEST).at[0].mul(2)
-    assert np.all(np.isfinite(jax.grad(lambda w: jnp.sum(case.constraint(w)))(w)))
+    assert np.all(np.isfinite(derivatives(case.constraint, w, w, jnp.ones_like(w))[1]))
 
 
 @each_case
 def test_vmap_equals_a_loop(case: Case):
     stack = jnp.stack([weights(3.0, seed=seed, shape=case.shape) for seed in range(4)])
-    got = jax.vmap(case.constraint)(stack)
+    got = jax.jit(jax.vmap(case.constraint))(stack)
     want = jnp.stack([case.constraint(w) for w in stack])
     largest = float(jnp.max(jnp.abs(want)))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * largest if case.adds else 0)
@@ -492,7 +524,7 @@ def test_updates_keep_their_dtype_unless_the_sum_is_wider(params, updates, resul
 
 def test_norms_of_float64_are_taken_in_float64():
     if not jax.config.jax_enable_x64:
-        pytest.skip("needs JAX_ENABLE_X64=1: the second run of `make test` has it")
+        pytest.skip("needs JAX_ENABLE_X64=1: `make test-float64` has it")
     w = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)))
     for scale in (1.0, 1e200, 1e-200):
         got = np.linalg.norm(np.asarray(oc.unit_norm()(w * scale)), axis=0)

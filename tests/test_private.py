@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import re
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w<>]+", text)
 
 
+@functools.cache
 def nodes(file: str) -> list[ast.AST]:
     """The syntax of a file, without docstrings and without the list itself."""
     tree = ast.parse(FILES[file].read_text())
@@ -55,6 +57,7 @@ def nodes(file: str) -> list[ast.AST]:
     ]
 
 
+@functools.cache
 def names(file: str) -> set[str]:
     """The words of the code, also those in text that is looked up, and not in messages."""
     found = set()
@@ -69,6 +72,7 @@ def names(file: str) -> set[str]:
     return found
 
 
+@functools.cache
 def dotted(file: str) -> set[str]:
     """The full names of what a file takes from JAX, Optax and Flax."""
     origins: dict[str, str] = {}
@@ -118,6 +122,7 @@ def uses(entry: Private) -> set[str]:
     return files or {file for file in FILES if words(entry.name)[-1] in names(file)}
 
 
+@functools.cache
 def own_names() -> set[str]:
     """Every name that the package itself gives to something."""
     found = set(FILES) | {Path(file).stem for file in FILES}

@@ -10,6 +10,7 @@ from cases import combinators, elementwise, matrix, norm, order, simplex, spectr
 from cases._case import DTYPES as DTYPES
 from cases._case import Case as Case
 from cases._case import bits as bits
+from cases._case import derivatives as derivatives
 from cases._case import float64 as float64
 from cases._case import norms as norms
 

@@ -1,6 +1,7 @@
 """What a set has to bring to be put through the tests of its promises."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -61,6 +62,16 @@ def norms(w: np.ndarray, axis: int | tuple[int, ...] | None) -> np.ndarray:
 def float64(x: jax.typing.ArrayLike) -> np.ndarray:
     """The values of an array of any floating dtype."""
     return np.asarray(jnp.asarray(x)).astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def derivatives(
+    constraint: oc.Constraint, w: jax.Array, dw: jax.Array, dual: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a projection makes of a tangent and of a cotangent, in one program."""
+    _, forward = jax.jvp(constraint, (w,), (dw,))
+    (backward,) = jax.vjp(constraint, w)[1](dual)
+    return forward, backward
 
 
 def bits(x: jax.typing.ArrayLike) -> bytes:
