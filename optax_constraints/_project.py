@@ -251,7 +251,6 @@ def visits(
     verb: str,
     params: Any,
     rules: Rules,
-    *,
     step: jax.typing.ArrayLike,
     state: Any,
     extra: Mapping[str, Any] | None,
@@ -311,15 +310,7 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
         {'bias': Array(1., dtype=float32)}
     """
     distances: dict[str, jax.Array] = {}
-    found = visits(
-        "violations",
-        *(params, rules),
-        step=step,
-        state=state,
-        extra=extra,
-        layout=layout,
-        strict=strict,
-    )
+    found = visits("violations", params, rules, step, state, extra, layout, strict)
     for bound, constraint, weights, memory in found:
         if constraint is None:
             continue

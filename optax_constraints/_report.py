@@ -144,15 +144,7 @@ def report(  # noqa: D417  # what verbs share is said once, in `constrain`
         kernel  4x3    float32  MaxNorm(2)  0         3         3        0
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
-    found = visits(
-        "report",
-        *(params, rules),
-        step=step,
-        state=state,
-        extra=extra,
-        layout=layout,
-        strict=strict,
-    )
+    found = visits("report", params, rules, step, state, extra, layout, strict)
     return Report(tuple(row for visit in found for row in _rows(visit)))
 
 
@@ -197,15 +189,7 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         Is project last in its chain? Weights that were loaded or averaged need constrain.
     """
     constrained, outside = 0, []
-    found = visits(
-        "assert_feasible",
-        *(params, rules),
-        step=step,
-        state=state,
-        extra=extra,
-        layout=layout,
-        strict=strict,
-    )
+    found = visits("assert_feasible", params, rules, step, state, extra, layout, strict)
     for bound, constraint, weights, memory in found:
         if constraint is None:
             continue
