@@ -401,7 +401,11 @@ def every_set(checks: Checks) -> None:
     used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
     for name, thing in vars(oc).items():
         if isinstance(thing, type) and issubclass(thing, oc.Constraint):
-            checks.that(thing in used or thing is oc.Constraint, "every set", f"{name} is in none")
+            checks.that(
+                thing in used or thing in (oc.Constraint, oc.Scale),
+                "every set",
+                f"{name} is in none",
+            )
 
 
 def hyperparameters(checks: Checks, mesh: Mesh) -> None:

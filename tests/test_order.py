@@ -282,6 +282,12 @@ def test_units_of_top_k_and_groups_of_nm_that_are_full():
     assert NM(1, 2).on_bound(w).tolist() == [[True, True], [False, False]]
 
 
+def test_zeros_do_not_count_where_magnitudes_are_tied():
+    w = jnp.array([0.0, 2.0, 0.0, -2.0, 1.0, 2.0, -0.0])
+    for k, kept in ((1, [1]), (2, [1, 3]), (3, [1, 3, 5]), (4, [1, 3, 4, 5])):
+        assert np.flatnonzero(oc.top_k(k)(w)).tolist() == kept
+
+
 @pytest.mark.parametrize(
     ("k", "error", "message"),
     [

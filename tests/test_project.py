@@ -398,7 +398,7 @@ def test_before_the_optimizer_it_does_not_hold_and_violations_say_so():
         (lambda: oc.max_norm(-1.0), ValueError, r"MaxNorm: max_value=-1.0 .* at least 0"),
         (lambda: oc.max_norm(float("nan")), ValueError, r"MaxNorm: max_value=nan .* at least 0"),
         (lambda: oc.max_norm(jnp.float32(-2)), ValueError, "MaxNorm: max_value=.* at least 0"),
-        (lambda: oc.max_norm("2"), ValueError, "max_value='2' is not a number"),
+        (lambda: oc.max_norm("two"), ValueError, "max_value='two' is not a number"),
         (lambda: oc.max_norm(True), TypeError, "max_value=True is not a number"),
         (lambda: oc.max_norm(None), TypeError, "max_value=None is not a number"),
         (lambda: oc.max_norm(1j), TypeError, "is not a number"),

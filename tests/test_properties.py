@@ -564,7 +564,7 @@ def test_all_sets_are_drawn():
         for name, thing in vars(oc).items()
         if name[0].isupper() and isinstance(thing, type) and issubclass(thing, oc.Constraint)
     }
-    assert {*_leaves, *_combinators, "Constraint"} == exported
+    assert {*_leaves, *_combinators, "Constraint", "Scale"} == exported
 
 
 @many

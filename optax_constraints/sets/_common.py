@@ -33,12 +33,17 @@ Parts: TypeAlias = tuple[jax.Array, ...]
 
 def widen(owner: str, w: jax.Array) -> jax.Array:
     """Floating-point weights in the dtype in which sums over them are taken."""
+    check_floating(owner, w)
+    return w.astype(_numerics.compute_dtype(w.dtype))
+
+
+def check_floating(owner: str, w: jax.Array) -> None:
+    """Raises if weights are not floating-point."""
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
             f"{owner} takes floating-point weights, and these are {w.dtype}: the nearest point "
             "to integers has none. Convert them to float first."
         )
-    return w.astype(_numerics.compute_dtype(w.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,7 @@ class UnitSet(Constraint):
 
     def _units(self, w: jax.Array) -> Units:
         """The units of one array."""
+        check_floating(type(self).__name__, w)
         return Units((self._axes(w),))
 
 

@@ -21,7 +21,15 @@ from optax_constraints._numbers import Arg, Limits, Number, check_number, is_sch
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
-from optax_constraints.sets._common import InParts, Parts, Terms, Units, UnitSet, totals, widen
+from optax_constraints.sets._common import (
+    InParts,
+    Parts,
+    Terms,
+    Units,
+    UnitSet,
+    check_floating,
+    totals,
+)
 
 
 class _LineSet(UnitSet):
@@ -267,7 +275,7 @@ class TopK(InParts, UnitSet):
     def _onto(self, terms: Terms, units: Units) -> Parts:
         parts = tuple(weights for weights, *_ in terms)
         for part in parts:
-            widen("TopK", part)  # raises for integers
+            check_floating("TopK", part)
         # Magnitudes are compared by their bits.
         dtype = jnp.result_type(*parts)
         terms = tuple((own[0].astype(dtype), *own[1:]) for own in terms)
@@ -345,19 +353,21 @@ def _are_largest(terms: Terms, k: jax.Array, units: Units) -> Parts:
     # itself, the CPU would take subnormal numbers for zeros.
     least = jnp.maximum(least, 1) - 1
 
-    def kept(end: jax.Array) -> Parts:
+    def split(end: jax.Array) -> tuple[Parts, Parts]:
         """The entries above the least magnitude, and of those that are at it all before `end`."""
-        lowered = (m - 1 for m in magnitudes(end))
+        lowered = [m - 1 for m in magnitudes(end)]
         places = _places(parts, units, end if len(parts) > 1 else None)
-        pairs = zip(lowered, places, strict=True)
-        return tuple((m > least) | ((m == least) & (place < end)) for m, place in pairs)
+        first = ((m == least) & (place < end) for m, place in zip(lowered, places, strict=True))
+        return tuple(m > least for m in lowered), tuple(first)
 
     def first_of_equal() -> jax.Array:
-        bits = units.size(parts).bit_length()
-        return _greatest(bits, zeros, lambda end: units.count(kept(end)) <= k)
+        size = units.size(parts)
+        room = units.count(split(zeros + size)[1]) - excess
+        return _greatest(size.bit_length(), zeros, lambda end: units.count(split(end)[1]) <= room)
 
     end = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: zeros + units.size(parts))
-    return tuple(keep | jnp.isnan(part) for keep, part in zip(kept(end), parts, strict=True))
+    both = zip(*split(end), parts, strict=True)
+    return tuple(above | first | jnp.isnan(part) for above, first, part in both)
 
 
 def _places(parts: Parts, units: Units, after: jax.Array | None) -> Parts:
