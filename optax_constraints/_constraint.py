@@ -16,6 +16,7 @@ from optax_constraints._axes import LeafLayout, settle_axis
 from optax_constraints._numbers import (
     ARRAYS,
     Arg,
+    Limits,
     Settled,
     SettledCount,
     check_scalar,
@@ -231,7 +232,7 @@ class Constraint:
         """
         owner, values = type(self).__name__, {}
         for field in fields_of(self):
-            given, limits = getattr(self, field.name), limits_of(field)
+            given, limits = getattr(self, field.name), self._limits(field)
             if field.name == "axis":
                 values["axis"] = settle_axis(owner, given, shape, path, layout)
             elif limits and isinstance(given, str):
@@ -239,6 +240,10 @@ class Constraint:
                     owner, field.name, given, limits, path, shape, layout
                 )
         return self._replace(**values) if values else self
+
+    def _limits(self, field: dataclasses.Field) -> Limits | None:
+        """What the numbers in one field are, for text; None for a field of something else."""
+        return limits_of(field)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of an allowed array lie on the boundary of the set.

@@ -29,9 +29,12 @@ _OPERATORS = {
 }
 # Python's parser would warn of some of what is no expression.
 _WORD = re.compile(
-    r"\s*(?:fan_in|fan_out|size|init|sqrt|(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|[-+*/()])"
+    r"\s*(?:(?:fan_in|fan_out|size|init|sqrt)\b"
+    r"|(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?(?!\w)"
+    r"|[-+*/()])",
+    re.ASCII,
 )
-_MULTIPLE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)x init")
+_MULTIPLE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)x init", re.ASCII)
 
 
 def check(text: str) -> None:
@@ -87,10 +90,11 @@ def evaluate(what: str, text: str, known: Mapping[str, Any]) -> Any:
     Args:
         what: The hyperparameter, for errors.
         text: The expression, checked.
-        known: A number, or an array, for each of its names.
+        known: A number, or an array, for each of its names that is known.
 
     Returns:
-        A float; an array if it is made with one.
+        A float; an array if it is made with one; None if one of its names is not known. What
+        does not depend on that name is evaluated all the same, and so are its errors found.
 
     Raises:
         ValueError: If a number in it overflows, is divided by zero, or is negative under a root.
@@ -99,31 +103,40 @@ def evaluate(what: str, text: str, known: Mapping[str, Any]) -> Any:
     def value(node: ast.AST) -> Any:
         match node:
             case ast.Constant(value=number):
-                return number
+                return finite(number)
             case ast.Name(id=name):
-                return known[name]
+                return known.get(name)
             case ast.BinOp(left=left, op=op, right=right):
-                return _OPERATORS[type(op)](value(left), value(right))
+                x, y = value(left), value(right)
+                if isinstance(op, ast.Div) and isinstance(y, (int, float)) and y == 0:
+                    raise ZeroDivisionError  # beside an array it would be infinite
+                return None if x is None or y is None else finite(_OPERATORS[type(op)](x, y))
             case ast.UnaryOp(op=op, operand=operand):
-                return _OPERATORS[type(op)](value(operand))
+                x = value(operand)
+                return None if x is None else _OPERATORS[type(op)](x)
             case ast.Call(args=[operand]):
                 x = value(operand)
-                return jnp.sqrt(x) if isinstance(x, jax.Array) else math.sqrt(x)
+                if x is None or isinstance(x, jax.Array):
+                    return x if x is None else jnp.sqrt(x)
+                return math.sqrt(x)
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            return x
+        if not math.isfinite(x):
+            raise OverflowError
+        return float(x)
 
     try:
         found = value(_parsed(text))
-        if isinstance(found, jax.Array):
-            return found
-        if not math.isfinite(found):
-            raise OverflowError
-        return float(found)
+        return found if found is None or isinstance(found, jax.Array) else float(found)
     except ZeroDivisionError:
         problem = "divides by zero"
     except OverflowError:
         problem = "is too large for a float"
     except ValueError:
         problem = "takes the square root of a negative number"
-    where = ", ".join(f"{name} = {known[name]}" for name in sorted(names_in(text)))
+    where = ", ".join(f"{name} = {known[name]}" for name in sorted(names_in(text) & {*known}))
     raise ValueError(f"{what} {problem}" + (f" with {where}." if where else "."))
 
 

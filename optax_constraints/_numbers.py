@@ -41,18 +41,34 @@ class Arg:
             TypeError: If it is no array of numbers.
             ValueError: If there is no such argument.
         """
+        given = _Given(extra)
         try:
-            found = extra[self.source] if isinstance(self.source, str) else self.source(extra, path)
-        except KeyError as error:
-            name = error.args[0] if error.args else self.source
+            found = given[self.source] if isinstance(self.source, str) else self.source(given, path)
+        except _MissingError as error:
+            name = error.args[0]
             raise ValueError(
                 f"{what} needs the argument {name!r}, and those given are "
                 f"{', '.join(map(repr, extra)) or 'none'}. Write tx.update(grads, state, params, "
                 f"{name}=...), or extra={{{name!r}: ...}} in the other verbs."
             ) from error
-        if found is None or isinstance(found, (str, bytes)):
-            raise TypeError(f"{what} gave {shown(found)}, which is no array.")
-        return jnp.asarray(found)
+        try:
+            array = jnp.asarray(found)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what} gave {shown(found)}, which is no array.") from error
+        if jnp.issubdtype(array.dtype, jnp.bool_):
+            return array
+        return check_real(what, array)
+
+
+class _MissingError(KeyError):
+    """That an argument was not given; other keys than those are the source's own affair."""
+
+
+class _Given(dict[str, Any]):
+    """The extra arguments, as a source sees them."""
+
+    def __missing__(self, name: str) -> Any:
+        raise _MissingError(name)
 
 
 def arg(source: str | Callable[[Mapping[str, Any], str], jax.typing.ArrayLike]) -> Any:
@@ -218,7 +234,8 @@ def _check_text(what: str, text: str, limits: Limits) -> float | None:
             f"{what} is relative to init, the norm of a unit at init, which only sets of norms "
             "know; write it in fan_in, fan_out and size."
         )
-    return None if names else _in_range(what, _expressions.evaluate(what, text, {}), limits)
+    found = _expressions.evaluate(what, text, {})  # also of the parts without names
+    return None if names else _in_range(what, found, limits)
 
 
 def relative_to(given: Any) -> frozenset[str]:
@@ -238,8 +255,14 @@ def check_scalar(what: str, value: Any) -> None:
     """Raises if an array is not one real number."""
     if value.ndim != 0:
         raise ValueError(f"{what} has shape {value.shape}; write one number.")
+    check_real(what, value)
+
+
+def check_real(what: str, value: Any) -> Any:
+    """An array, if it is one of real numbers; raises if not."""
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
+    return value
 
 
 def is_schedule(value: Any) -> bool:
@@ -255,8 +278,10 @@ def is_number(given: Any, number: int) -> bool:
 def concrete(number: Any, init: float) -> float | None:
     """A hyperparameter as a float for one norm at init; None if it is not known yet."""
     if isinstance(number, str):
-        known = relative_to(number) <= {"init"}
-        return float(_expressions.evaluate(repr(number), number, {"init": init})) if known else None
+        try:
+            return _expressions.evaluate(repr(number), number, {"init": init})
+        except ValueError:  # another norm at init may be fine
+            return None
     readable = is_array(number) and is_readable(number)
     return float(number) if readable or isinstance(number, (int, float)) else None
 
@@ -277,9 +302,10 @@ def value(number: Number, dtype: jnp.dtype, init: jax.Array | None = None) -> ja
         ValueError: If it is text that only a verb can evaluate.
     """
     if isinstance(number, Arg) or callable(number):
-        kind = repr(number) if isinstance(number, Arg) else "a schedule"
+        if isinstance(number, Arg):
+            raise unread(number)
         raise TypeError(
-            f"A constraint with {kind} has no numbers yet; write constraint.at(step)(w), or "
+            "A constraint with a schedule has no numbers yet; write constraint.at(step)(w), or "
             "use project or constrain, which know the step."
         )
     if isinstance(number, str):
@@ -292,6 +318,14 @@ def value(number: Number, dtype: jnp.dtype, init: jax.Array | None = None) -> ja
             )
         number = _expressions.evaluate(repr(number), number, known)
     return jnp.asarray(number, dtype)
+
+
+def unread(number: Arg) -> TypeError:
+    """What is wrong with a call of a constraint that has an `arg`."""
+    return TypeError(
+        f"A constraint with {number!r} has no numbers yet; write constraint.read(extra, path)(w), "
+        "or use project, which reads the arguments of tx.update, or constrain(..., extra=...)."
+    )
 
 
 # Text, as one leaf makes numbers of it.
@@ -308,6 +342,10 @@ class Settled(float):
         self.text = text
         return self
 
+    def __getnewargs__(self) -> Any:  # for copies and pickles
+        """The arguments that make it again."""
+        return float(self), self.text
+
 
 class SettledCount(int):
     """A whole number that was text, for one leaf."""
@@ -319,6 +357,10 @@ class SettledCount(int):
         self = super().__new__(cls, value)
         self.text = text
         return self
+
+    def __getnewargs__(self) -> Any:
+        """The arguments that make it again."""
+        return int(self), self.text
 
 
 def settle_number(
@@ -364,14 +406,19 @@ def settle_number(
             ) from error
         known["fan_in"] = math.prod(shape[a] for a in axes if a in own)
         known["fan_out"] = math.prod(drop_axes(shape, (*axes, *stacked)))
+    found = _expressions.evaluate(what, given, known)
     if "init" in names:
         return given if names == {"init"} else _expressions.substitute(given, known)
-    found = _expressions.evaluate(what, given, known)
     _in_range(f"{what} is {found:g}, which", found, limits)
     if not limits.whole:
         return Settled(found, given)
-    if 0 < found < 0.5:
-        raise ValueError(f"{what} is {found:g}, and text is a count here; write {given} * size.")
+    if 0 < found < 1 and not names:
+        raise ValueError(f"{what} is {found:g}, and text is a count here; write '{given} * size'.")
+    if found > 0 and not round(found):
+        raise ValueError(
+            f"{what} is {found:g}, which as a count is none at all; write more, or leave this "
+            "leaf free."
+        )
     return SettledCount(round(found), given)
 
 

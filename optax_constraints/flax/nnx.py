@@ -557,7 +557,10 @@ class Optimizer(nnx.Optimizer):
                 )
         self._rules = HeldRules(rules)
         self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
-        memory = self._bind().start(params)  # raises if the rules do not fit
+        bind = self._bind()
+        memory = bind.start(params)  # raises if the rules do not fit
+        if any(bound.needs_args for bound in bind(params)):
+            self.tx = optax.with_extra_args_support(self.tx)
         self.memory = nnx.data(to_opt_state(memory))
 
     def _bind(self) -> Binder:

@@ -16,7 +16,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
-from optax_constraints._numbers import Arg, check_number, is_schedule, number, value
+from optax_constraints._numbers import Arg, check_number, is_schedule, number, unread, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
@@ -261,7 +261,7 @@ class Mask(_Elementwise):
     Args:
         mask: An array that broadcasts to the weights, of bools or of numbers of which those
             that are not zero are free; or a function from the shape of the weights to one,
-            such as ``lambda shape: np.tri(*shape)``. A function has no JSON form.
+            such as ``lambda shape: np.tri(*shape)``. A function has no JSON form. Or `arg`.
 
     Raises:
         TypeError: If `mask` is neither.
@@ -281,7 +281,7 @@ class Mask(_Elementwise):
     smooth = True
 
     def __post_init__(self):
-        if not callable(self.mask):
+        if not callable(self.mask) and not isinstance(self.mask, Arg):
             object.__setattr__(self, "mask", _array("Mask", "mask", self.mask))
         own_arrays(self)
 
@@ -291,7 +291,9 @@ class Mask(_Elementwise):
         return _zero_where(_beside(~self._free("", w.shape), w), w)
 
     def _free(self, path: str, shape: tuple[int, ...]) -> jax.Array:
-        mask = self.mask(shape) if callable(self.mask) else self.mask
+        mask: Any = self.mask(shape) if callable(self.mask) else self.mask
+        if isinstance(mask, Arg):
+            raise unread(mask)
         _check_broadcasts("Mask", "mask", mask, path, shape)
         return jnp.asarray(mask).astype(bool)
 
@@ -300,7 +302,8 @@ class Mask(_Elementwise):
     ) -> Constraint:
         """This constraint, if its mask broadcasts to the leaf."""
         del layout
-        self._free(path, shape)
+        if not isinstance(self.mask, Arg):
+            self._free(path, shape)
         return self
 
     def get_config(self) -> dict[str, Any]:
@@ -316,6 +319,8 @@ class Mask(_Elementwise):
         """How the report shows it: arrays by their shape."""
         if callable(self.mask):
             return f"Mask({getattr(self.mask, '__name__', 'function')})"
+        if isinstance(self.mask, Arg):
+            return f"Mask({self.mask!r})"
         return f"Mask({'x'.join(map(str, np.shape(cast(Any, self.mask))))})"
 
     def on_bound(self, w: jax.Array) -> jax.Array:
@@ -544,8 +549,13 @@ class Scale(Constraint):
                 range(len(shape)), settle_axis("Scale", self.axis, shape, path, of_units=False)
             )
             filled = (1,) * (len(units) - len(own)) + own
-            if len(units) == len(filled):
-                own = tuple(filled[units.index(a)] if a in units else 1 for a in range(len(shape)))
+            if len(units) < len(own):
+                raise ValueError(
+                    f"Scale on {describe(path, shape)}: factor has shape {own}, and the units "
+                    f"along axis={self.axis!r} are {tuple(shape[a] for a in units)}; write a "
+                    "number for each of them, or an array of as many axes as the weights."
+                )
+            own = tuple(filled[units.index(a)] if a in units else 1 for a in range(len(shape)))
         _check_broadcasts("Scale", "factor", np.empty(own, bool), path, shape)
         return (1,) * (len(shape) - len(own)) + own
 

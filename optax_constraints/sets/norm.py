@@ -397,7 +397,7 @@ class MinMaxNorm(_NormSet):
             low, high = (concrete(bound, init) for bound in (self.min_value, self.max_value))
             return low is not None and high is not None and low > high
 
-        if above(1e-3) and above(1e3):  # whatever the norm at init
+        if all(above(10.0**e) for e in range(-3, 4)):  # whatever the norm at init
             raise ValueError(
                 f"{where}: min_value={self.min_value!r} is above max_value={self.max_value!r}; "
                 "swap them or widen the interval."
@@ -506,6 +506,12 @@ class FixedNorm(_NormSet):
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         return _exactly(norm, value(self.value, norm.dtype, at_init))
+
+    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
+        """The part of a vector that leaves the norms as they are."""
+        # Weights in the set have their norms, whatever multiple of those at init these are.
+        this = self._replace(value="init") if self.remembers else self
+        return super(FixedNorm, this).tangent(w, v)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""

@@ -255,7 +255,7 @@ class TopK(InParts, UnitSet):
         Array([ 0., -3.,  2.,  0.], dtype=float32)
     """
 
-    k: Number = number(low=0, whole=True)
+    k: Number = number(low=0, high=2**31 - 1, whole=True)
     axis: Axis = None
 
     def __post_init__(self):
@@ -455,6 +455,11 @@ class NM(_LineSet):
         if _is_fraction(self.n):
             raise TypeError(f"NM: n={shown(self.n)} is not an integer; write how many to keep.")
         super().__post_init__()
+
+    def _limits(self, field: dataclasses.Field) -> Limits | None:
+        """A group has no more than `m` entries."""
+        found = super()._limits(field)
+        return found and found._replace(high=self.m)
 
     def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
         axis = super()._check(path, shape, axes)
