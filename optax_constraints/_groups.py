@@ -171,11 +171,8 @@ def _block(
     rows = tuple(own[a] for a in fan_in)
     order = (*stacked, *rows, *(a for a in own if a not in rows))
     block = Block(order, tuple(shape[a] for a in order), math.prod(shape[a] for a in rows))
-    return (
-        block,
-        tuple(shape[a] for a in stacked),
-        math.prod(shape[a] for a in own) // max(block.rows, 1),
-    )
+    units = math.prod(shape[a] for a in own if a not in rows)
+    return block, tuple(shape[a] for a in stacked), units
 
 
 def _rows(path: str, shape: tuple[int, ...], layout: LeafLayout | None) -> tuple[int, ...]:

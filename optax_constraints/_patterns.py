@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 
 from optax_constraints._axes import LeafLayout
@@ -89,7 +90,12 @@ class _Several:
     patterns: tuple[Pattern, ...]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__.lower()}({', '.join(map(_shown, self.patterns))})"
+        # Without addresses of functions: of `across` this is a key in the state of `project`.
+        shown = (
+            getattr(part, "__qualname__", type(part).__name__) if callable(part) else _shown(part)
+            for part in self.patterns
+        )
+        return f"{type(self).__name__.lower()}({', '.join(shown)})"
 
 
 @pattern_type("joint")
@@ -187,10 +193,11 @@ def rules_from_tree(tree: Any) -> Any:
     """Rules from a tree of constraints that has the structure of the parameters.
 
     Args:
-        tree: Anything that `get` accepts in the place of each parameter, or None where it is free.
+        tree: Anything that `get` accepts in the place of each parameter, or None where it is free,
+            or where there is no parameter, as in a layer without a bias.
 
     Returns:
-        Rules: for each leaf the pattern of its path, anchored at the root.
+        Rules: for each leaf but None the pattern of its path, anchored at the root.
 
     Raises:
         ValueError: If two leaves of one path have different constraints.
@@ -198,17 +205,19 @@ def rules_from_tree(tree: Any) -> Any:
     Example:
         >>> import optax_constraints as oc
         >>> oc.rules_from_tree({"kernel": oc.max_norm(2.0), "bias": None})
-        {'/bias': None, '/kernel': MaxNorm(max_value=2.0, axis=0)}
+        {'/kernel': MaxNorm(max_value=2.0, axis=0)}
     """
 
     def is_leaf(node: Any) -> bool:
         is_config = isinstance(node, Mapping) and "class_name" in node
         return node is None or isinstance(node, Constraint) or is_config
 
-    if is_leaf(tree):
+    if is_leaf(tree) or jax.tree_util.all_leaves([tree]):
         return tree
     rules: dict[str, Any] = {}
     for path, thing in leaves_by_path(tree, is_leaf):
+        if thing is None:
+            continue
         pattern = "/" + glob.escape(path)
         if pattern in rules and rules[pattern] != thing:
             raise ValueError(

@@ -373,6 +373,8 @@ class Binder:
                 if any(rule.matches(name, leaf.leaf, leaf.layout) for name in names):
                     matched[i].append(leaf)
                     winners.setdefault(leaf.place, i)
+        if self._layout is None:
+            self._check_without_layout()
         if self._strict and leaves:
             self._check_all_used(leaves, matched, set(winners.values()), tree)
             self._check_layout([leaf.path for leaf in leaves])
@@ -401,6 +403,14 @@ class Binder:
         # Linen's `init` returns the parameters under this key.
         return self._layout.get(path) or self._layout.get(path.removeprefix("params/"))
 
+    def _check_without_layout(self) -> None:
+        for rule in self._rules:
+            if rule.pattern is not None and needs_layout(rule.pattern):
+                raise ValueError(
+                    f"The rule {rule} goes by types of layers, which only the model knows; write "
+                    "layout=layout(model), from optax_constraints.flax."
+                )
+
     def _check_layout(self, paths: list[str]) -> None:
         if self._layout and not any(map(self._leaf_layout, paths)):
             raise ValueError(
@@ -419,11 +429,6 @@ class Binder:
         for i, rule in enumerate(self._rules):
             if rule.pattern is None:
                 continue
-            if needs_layout(rule.pattern) and self._layout is None:
-                raise ValueError(
-                    f"The rule {rule} goes by types of layers, which only the model knows; write "
-                    "layout=layout(model), from optax_constraints.flax."
-                )
             if not matched[i]:
                 layers = {leaf.layout.layer for leaf in leaves if leaf.layout}
                 paths = [leaf.path for leaf in leaves]

@@ -65,9 +65,11 @@ class Units:
     def reduce(self, function: Any, combine: Any, parts: Parts) -> jax.Array:
         """A reduction of `jnp` such as `jnp.sum`, and what combines two of its results."""
         keep = len(self.axes) == 1
-        pairs = zip(parts, self.axes, strict=True)
+        pairs = list(zip(parts, self.axes, strict=True))
+        # Of several arrays some may be empty, and have no largest entry.
+        full = [(part, axis) for part, axis in pairs if part.size] or pairs
         return functools.reduce(
-            combine, [function(part, axis=axis, keepdims=keep) for part, axis in pairs]
+            combine, [function(part, axis=axis, keepdims=keep) for part, axis in full]
         )
 
     def sum(self, parts: Parts) -> jax.Array:
