@@ -35,21 +35,46 @@ TIME_LIMIT = 240  # seconds; a mutant that does not end is noticed, too
 NORMS = "(Norm or RMS) and not Soft and not Part and not Compose and not Intersection"
 ELEMENTWISE = "NonNeg or Box or Mask or ZeroDiagonal or Grid"
 TESTS = {
-    "_axes": ["test_axes.py", "test_layout.py"],
+    "_axes": ["test_axes.py", "test_layout.py", "test_first_steps.py -k axis or warn"],
+    "_expressions": ["test_numbers.py"],
+    "_numbers": [
+        "test_numbers.py",
+        "test_args.py -k not shard",
+        "test_project.py -k checked or schedule",
+        "test_order.py -k number",
+        "test_configs.py -k refused or values",
+    ],
+    "_patterns": [
+        "test_rules.py",
+        "test_groups.py -k not mesh and not temporaries",
+        "test_first_steps.py -k rule or pattern or leads",
+        "test_configs.py -k rules or pattern",
+    ],
+    "_groups": ["test_groups.py -k not mesh"],
+    "_walk": [
+        "test_project.py",
+        "test_memory.py",
+        "test_groups.py -k not mesh and not temporaries",
+        "test_args.py -k not shard",
+        "test_trees.py",
+    ],
     "_rules": [
         "test_rules.py",
         "test_trees.py",
+        "test_groups.py -k not mesh and not temporaries",
         "test_report.py",
         "test_layout.py",
-        "test_memory.py",
+        "test_first_steps.py",
     ],
     "_project": [
         "test_project.py",
         "test_memory.py",
         "test_rules.py -k verb or masked",
-        "test_feasible.py",
+        "test_feasible.py -k not promise",
+        "test_args.py -k not shard",
         "test_wrappers.py",
     ],
+    "_tangent": ["test_tangent.py", "test_args.py -k tangent", "test_groups.py -k tangent"],
     "_numerics": [f"test_numerics.py -k {NORMS} or test_norm"],
     "sets.norm": [
         "test_memory.py",
