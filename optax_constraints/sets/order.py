@@ -352,9 +352,12 @@ def _are_largest(terms: Terms, k: jax.Array, units: Units) -> Parts:
         pairs = zip(lowered, places, strict=True)
         return tuple((m > least) | ((m == least) & (place < end)) for m, place in pairs)
 
+    def nonzero(kept: Parts, after: jax.Array) -> Parts:
+        return tuple(keep & (m > 0) for keep, m in zip(kept, magnitudes(after), strict=True))
+
     def first_of_equal() -> jax.Array:
         bits = units.size(parts).bit_length()
-        return _greatest(bits, zeros, lambda end: units.count(kept(end)) <= k)
+        return _greatest(bits, zeros, lambda end: units.count(nonzero(kept(end), end)) <= k)
 
     end = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: zeros + units.size(parts))
     return tuple(keep | jnp.isnan(part) for keep, part in zip(kept(end), parts, strict=True))
