@@ -314,6 +314,13 @@ def test_an_argument_inside_of_others(rules):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-6), moved, want)
 
 
+def test_of_equal_entries_across_leaves_the_first_are_kept_beside_zeros():
+    params = {"a": jnp.array([0.0, 3.0, -3.0]), "b": jnp.array([3.0, 0.0, 1.0])}
+    for k, want in [(1, [0, 3, 0, 0, 0, 0]), (2, [0, 3, -3, 0, 0, 0]), (4, [0, 3, -3, 3, 0, 1])]:
+        got = oc.constrain(params, {oc.across("*"): oc.top_k(oc.arg("k"))}, extra={"k": k})
+        np.testing.assert_array_equal(jnp.concatenate([got["a"], got["b"]]), want)
+
+
 def test_a_stack_takes_one_argument_for_all_layers():
     w = normal((2, 4, 3))
     got = kernel(oc.stacked(oc.scale(oc.arg("f"), axis=0)), w, f=np.array([1.0, 2.0, 4.0]))

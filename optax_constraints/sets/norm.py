@@ -61,6 +61,19 @@ class _NormSet(InParts, UnitSet):
         config = super().get_config()
         return {k: v for k, v in config.items() if (k, v) != ("axis_name", None)}
 
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint for one leaf, of which the sizes have to be known."""
+        for field in fields_of(self) if self.axis_name is not None else ():
+            if limits_of(field) and relative_to(given := getattr(self, field.name)) - {"init"}:
+                raise ValueError(
+                    f"{type(self).__name__} on {describe(path, shape)}: {field.name}={given!r} "
+                    f"goes by sizes, and with axis_name={self.axis_name!r} those here are of the "
+                    "part on one device; write a number."
+                )
+        return super().settle(path, shape, layout)
+
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         """The factor of a unit with this norm, and with that norm at init."""
         raise NotImplementedError
