@@ -37,6 +37,7 @@ ELEMENTWISE = "NonNeg or Box or Mask or ZeroDiagonal or Grid"
 TESTS = {
     "_axes": ["test_axes.py", "test_layout.py", "test_first_steps.py -k axis or warn"],
     "_expressions": ["test_numbers.py"],
+    "_args": ["test_args.py -k not shard"],
     "_numbers": [
         "test_numbers.py",
         "test_args.py -k not shard",

@@ -1,11 +1,11 @@
 """Weight constraints for JAX: projections, rules by path, and the lift into Optax."""
 
+from optax_constraints._args import arg as arg
 from optax_constraints._config import deserialize as deserialize
 from optax_constraints._config import get as get
 from optax_constraints._config import register as register
 from optax_constraints._config import serialize as serialize
 from optax_constraints._constraint import Constraint as Constraint
-from optax_constraints._numbers import arg as arg
 from optax_constraints._patterns import across as across
 from optax_constraints._patterns import joint as joint
 from optax_constraints._patterns import of_layer as of_layer

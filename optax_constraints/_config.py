@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_constraints._args import Arg, arg
 from optax_constraints._constraint import Constraint, own_classes
-from optax_constraints._numbers import Arg, arg
 from optax_constraints._text import shown
 
 Projection: TypeAlias = Callable[[jax.Array], jax.Array]

@@ -12,22 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout, settle_axis
 from optax_constraints._numbers import (
-    ARRAYS,
-    Arg,
     Limits,
     Settled,
     SettledCount,
     check_scalar,
     fields_of,
-    is_array,
-    is_readable,
     is_schedule,
     limits_of,
     settle_number,
 )
-from optax_constraints._numerics import compute_dtype
+from optax_constraints._numerics import ARRAYS, compute_dtype, is_array, is_readable
 
 _Made = TypeVar("_Made", bound="Constraint")
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,99 +11,12 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_constraints import _expressions
+from optax_constraints._args import Arg, check_real
 from optax_constraints._axes import LeafLayout, drop_axes, settle_axis
+from optax_constraints._numerics import is_array, is_readable
 from optax_constraints._text import describe, shown
 
 Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
-
-
-@dataclasses.dataclass(frozen=True)
-class Arg:
-    """What `arg` returns: a number or an array that `tx.update` is given."""
-
-    source: str | Callable[[Mapping[str, Any], str], jax.typing.ArrayLike]
-
-    def __repr__(self) -> str:
-        return f"arg({getattr(self.source, '__name__', None) or repr(self.source)})"
-
-    def read(self, what: str, extra: Mapping[str, Any], path: str) -> jax.Array:
-        """The number or array, out of the extra arguments.
-
-        Args:
-            what: The hyperparameter and its leaf, for errors.
-            extra: The extra arguments by name.
-            path: The path of the leaf.
-
-        Returns:
-            An array.
-
-        Raises:
-            TypeError: If it is no array of numbers.
-            ValueError: If there is no such argument.
-        """
-        given = _Given(extra)
-        try:
-            found = given[self.source] if isinstance(self.source, str) else self.source(given, path)
-        except _MissingError as error:
-            name = error.args[0]
-            raise ValueError(
-                f"{what} needs the argument {name!r}, and those given are "
-                f"{', '.join(map(repr, extra)) or 'none'}. Write tx.update(grads, state, params, "
-                f"{name}=...), or extra={{{name!r}: ...}} in the other verbs."
-            ) from error
-        try:
-            array = jnp.asarray(found)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{what} gave {shown(found)}, which is no array.") from error
-        if jnp.issubdtype(array.dtype, jnp.bool_):
-            return array
-        return check_real(what, array)
-
-
-class _MissingError(KeyError):
-    """That an argument was not given; other keys than those are the source's own affair."""
-
-
-class _Given(dict[str, Any]):
-    """The extra arguments, as a source sees them."""
-
-    def __missing__(self, name: str) -> Any:
-        raise _MissingError(name)
-
-
-def arg(source: str | Callable[[Mapping[str, Any], str], jax.typing.ArrayLike]) -> Any:
-    """A number, or an array, that is read from the extra arguments of each update.
-
-    It stands where a constraint takes a number, or an array such as a mask or the bounds of a
-    box: for what the forward pass measures, or another program decides. `project` reads it from
-    ``tx.update(grads, state, params, **extra)``, and the other verbs from ``extra=``. Other
-    values compile nothing; they are not checked, since under `jax.jit` they could not be.
-
-    Args:
-        source: The name of an argument, or a function ``(extra, path) -> array``, called with all
-            of them and the path of the leaf.
-
-    Returns:
-        What to write in the place of the number or the array.
-
-    Raises:
-        TypeError: If `source` is neither.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> import optax_constraints as oc
-        >>> tx = optax.chain(optax.sgd(1.0), oc.project(oc.max_norm(oc.arg("cap"))))
-        >>> w = jnp.array([3.0, 4.0])
-        >>> updates, _ = tx.update(jnp.zeros(2), tx.init(w), w, cap=2.5)
-        >>> optax.apply_updates(w, updates)
-        Array([1.5, 2. ], dtype=float32)
-    """
-    if not isinstance(source, str) and not callable(source):
-        raise TypeError(
-            f"arg: source={shown(source)} is neither the name of an argument of tx.update nor a "
-            "function (extra, path) -> array."
-        )
-    return Arg(source)
 
 
 Number: TypeAlias = jax.typing.ArrayLike | Schedule | str | Arg
@@ -123,30 +36,17 @@ class Limits(NamedTuple):
     """Whether `arg` may be an array that broadcasts, and None stands for no number."""
 
 
-def number(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    init: bool = False,
-    whole: bool = False,
-    array: bool = False,
-) -> Any:
+def number(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
     """A dataclass field for a number: Python, JAX (also traced), a schedule, text or `arg`.
 
     Args:
         default: The field's default value.
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        init: Whether text may be relative to `init`, the norm of each unit at init.
-        whole: Whether text is a count, and rounded to a whole number.
-        array: Whether `arg` may be an array that broadcasts.
+        **limits: As for `Limits`.
 
     Returns:
         A dataclass field that `check_numbers`, `Constraint.settle` and `Constraint.at` look after.
     """
-    limits = Limits(low, high, init, whole, array)
-    return dataclasses.field(default=default, metadata={"number": limits})
+    return dataclasses.field(default=default, metadata={"number": Limits(**limits)})
 
 
 def fields_of(constraint: Any) -> tuple[dataclasses.Field, ...]:
@@ -256,13 +156,6 @@ def check_scalar(what: str, value: Any) -> None:
     if value.ndim != 0:
         raise ValueError(f"{what} has shape {value.shape}; write one number.")
     check_real(what, value)
-
-
-def check_real(what: str, value: Any) -> Any:
-    """An array, if it is one of real numbers; raises if not."""
-    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-        raise TypeError(f"{what} has dtype {value.dtype}; write a real number.")
-    return value
 
 
 def is_schedule(value: Any) -> bool:
@@ -420,18 +313,3 @@ def settle_number(
             "leaf free."
         )
     return SettledCount(round(found), given)
-
-
-ARRAYS = np.ndarray, jax.Array
-
-
-def is_array(value: Any) -> TypeGuard[np.ndarray | jax.Array]:
-    """Whether a value is an array, of NumPy or of JAX."""
-    return isinstance(value, ARRAYS)
-
-
-def is_readable(array: Any) -> bool:
-    """Whether this process can read the numbers of an array now."""
-    if isinstance(array, Tracer):
-        return False
-    return not isinstance(array, jax.Array) or array.is_fully_addressable

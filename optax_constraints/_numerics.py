@@ -1,9 +1,11 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -131,3 +133,18 @@ def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     number = jnp.max(lax.stop_gradient(before))
     ones = lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
     return x * ones.astype(x.dtype)
+
+
+ARRAYS = np.ndarray, jax.Array
+
+
+def is_array(value: Any) -> TypeGuard[np.ndarray | jax.Array]:
+    """Whether a value is an array, of NumPy or of JAX."""
+    return isinstance(value, ARRAYS)
+
+
+def is_readable(array: Any) -> bool:
+    """Whether this process can read the numbers of an array now."""
+    if isinstance(array, Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable

@@ -15,9 +15,9 @@ from optax_constraints._constraint import Constraint
 from optax_constraints._numerics import in_turn
 from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
-from optax_constraints._rules import Binder, Visit, like_before
-from optax_constraints._text import shown
+from optax_constraints._rules import Binder
 from optax_constraints._trees import check_arrays
+from optax_constraints._walk import Visit, like_before, memory_in
 
 
 class ProjectState(NamedTuple):
@@ -28,6 +28,7 @@ class ProjectState(NamedTuple):
     """How many updates there have been, an int32 scalar; schedules see it."""
     memory: Any = ()
     """By path, what constraints remember of their leaves, such as norms at init."""
+    has_memory_of_constraints = True  # no field
 
 
 def project(
@@ -212,39 +213,6 @@ def constrain_bound(
 
 def _advance(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
     return constraint.advance(weights, memory)
-
-
-def memory_in(state: Any) -> Any:
-    """What constraints remember, out of an optimizer's state."""
-    states = [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
-    if not states:
-        raise ValueError(
-            f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
-            "tx.update returned, where project is in tx."
-        )
-    memory: dict[str, Any] = {}
-    memories = [s["memory"] if isinstance(s, Mapping) else s.memory for s in states]
-    found = {id(memory): memory for memory in memories}
-    for own in (own for own in found.values() if isinstance(own, Mapping)):
-        twice = sorted({*memory} & {*own})
-        if twice:
-            raise ValueError(
-                f"There are several states of project here that remember {twice[0]!r}, such as "
-                "those of two models, or of a chain with project in it twice; pass the one of "
-                "these parameters alone, as in state=states['generator'] or state=state[-1]."
-            )
-        memory.update(own)
-    return memory or ()
-
-
-def _is_state(x: Any) -> bool:
-    """Whether something has the memory of constraints, like a state of `project`.
-
-    That may be restored without its type; train states and optimizers say it of themselves.
-    """
-    if isinstance(x, Mapping):
-        return set(x) == set(ProjectState._fields)
-    return isinstance(x, ProjectState) or getattr(type(x), "has_memory_of_constraints", False)
 
 
 def visits(

@@ -9,7 +9,8 @@ import optax
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
-from optax_constraints._rules import Binder, Bindings
+from optax_constraints._rules import Binder
+from optax_constraints._walk import Bindings
 
 
 class TangentState(NamedTuple):

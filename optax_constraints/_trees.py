@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
+from optax_constraints._private import called_from_optax
+
 
 def leaves_by_path(
     tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
@@ -196,3 +198,18 @@ def _children(tree: Any) -> tuple[dict[Any, Any], Any] | None:
     if jax.tree_util.treedef_is_leaf(root):
         return None
     return {jax.tree_util.keystr(keys, simple=True): child for keys, child in found}, root
+
+
+def check_not_flattened(leaves: list[tuple[str, Any]]) -> None:
+    """Raises if `optax.flatten` made one vector of all the parameters.
+
+    From inside, that vector looks like a model with a single vector of weights, and a
+    norm over it would be taken without complaint. So the caller is looked up.
+    """
+    if len(leaves) != 1 or leaves[0][0] or getattr(leaves[0][1], "ndim", 0) != 1:
+        return
+    if called_from_optax("flatten"):
+        raise ValueError(
+            "optax.flatten hands the parameters on as one vector, in which paths and axes "
+            "are lost. Put project outside it: chain(flatten(optimizer), project(rules))."
+        )

@@ -14,7 +14,7 @@ from flax.nnx import bridge
 import optax_constraints as oc
 import optax_constraints.flax.linen as ocl
 import optax_constraints.flax.nnx as onnx
-from optax_constraints._rules import leaves_by_path
+from optax_constraints._trees import leaves_by_path
 from optax_constraints.flax import declared, layout
 
 KEY = jax.random.key(0)

@@ -17,7 +17,7 @@ from flax import nnx
 import optax_constraints as oc
 import optax_constraints.flax.nnx as onnx
 from optax_constraints._axes import LeafLayout
-from optax_constraints._rules import leaves_by_path
+from optax_constraints._trees import leaves_by_path
 
 # Flax 0.11 takes plain lists and dicts for these.
 List = getattr(nnx, "List", list)

@@ -13,10 +13,11 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_constraints import _numerics
+from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
-from optax_constraints._numbers import Arg, check_number, is_schedule, number, unread, value
+from optax_constraints._numbers import check_number, is_schedule, number, unread, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 

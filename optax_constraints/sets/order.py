@@ -14,10 +14,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
+from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
-from optax_constraints._numbers import Arg, Limits, Number, check_number, is_schedule, number, value
+from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_constraints import _numerics
+from optax_constraints._args import Arg
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Arg, Number, is_schedule, number, value
+from optax_constraints._numbers import Number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints.sets._common import MatrixSet
 
