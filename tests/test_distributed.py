@@ -72,6 +72,7 @@ def check(report: dict, *kinds: str) -> None:
 def test_eight_devices():
     """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
     (report,) = run((), timeout=300)
+    explicit = ["explicit axes", "groups on explicit axes"]
     check(
         report,
         "self-test",
@@ -82,7 +83,8 @@ def test_eight_devices():
         "compilations",
         "collectives",
         "constrain and violations",
-        *(["explicit axes"] if hasattr(jax.sharding, "auto_axes") else []),
+        "groups",
+        *(explicit if hasattr(jax.sharding, "auto_axes") else []),
     )
     # One group of sets for each of these.
     assert report["passed"]["donation"] == len(report["worst"]) == 5
