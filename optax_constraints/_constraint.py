@@ -24,7 +24,7 @@ from optax_constraints._numbers import (
     limits_of,
     settle_number,
 )
-from optax_constraints._numerics import ARRAYS, compute_dtype, is_array, is_readable
+from optax_constraints._numerics import ARRAYS, compute_dtype, is_array, is_readable, widest
 
 _Made = TypeVar("_Made", bound="Constraint")
 
@@ -334,13 +334,13 @@ Constraint.__new__.__signature__ = inspect.Signature([_CLS])  # pyright: ignore[
 
 def moved(params: jax.Array, updates: jax.Array) -> jax.Array:
     """The weights after an update, in their dtype."""
-    dtype = jnp.promote_types(params.dtype, updates.dtype)
+    dtype = widest(params.dtype, updates.dtype)
     return (params.astype(dtype) + updates.astype(dtype)).astype(params.dtype)
 
 
 def difference(target: jax.Array, params: jax.Array, updates: jax.Array) -> jax.Array:
     """The update that leads from the weights to a target, in the dtype of a sum of the two."""
-    dtype = jnp.promote_types(params.dtype, updates.dtype)
+    dtype = widest(params.dtype, updates.dtype)
     return target.astype(dtype) - params.astype(dtype)
 
 

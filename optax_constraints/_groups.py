@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optax_constraints._axes import LeafLayout, drop_axes, settle_axis
 from optax_constraints._constraint import Constraint
+from optax_constraints._numerics import widest
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets._common import InParts
@@ -37,7 +38,7 @@ class Group(Around):
 
 
 def _dtype(parts: Any) -> jnp.dtype:
-    return jnp.result_type(*(part.dtype for part in parts))
+    return widest(*(part.dtype for part in parts))
 
 
 class Block(NamedTuple):

@@ -16,6 +16,12 @@ def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype that holds the numbers of all; also where JAX promotes nothing by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes[1:], jnp.dtype(dtypes[0]))
+
+
 def eps(dtype: jax.typing.DTypeLike) -> float:
     """Machine epsilon of a floating dtype, bfloat16 included, as a Python number."""
     return float(jnp.finfo(dtype).eps)

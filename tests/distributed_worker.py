@@ -396,6 +396,73 @@ def explicit_axes(checks: Checks) -> None:
                 checks.close("explicit axes", "others", dw, want)
 
 
+ACROSS = {
+    "a": ((64, 32), P("x", "y")),
+    "b": ((32, 16), P("y", None)),
+    "c": ((128,), P(("x", "y"))),
+    "d": ((4, 8, 8), P(None, "x", None)),
+    "e": ((), P()),
+}
+IN_PARTS = {
+    "max_norm": oc.max_norm(1.0),
+    "max_rms": oc.max_rms(0.1),
+    "fixed_norm": oc.fixed_norm("init"),
+    "top_k": oc.top_k(0.1),
+    "simplex": oc.simplex(),
+    "l1_ball": oc.l1_ball(),
+}
+
+
+def groups_of_leaves(checks: Checks, mesh: Mesh, kind: str) -> None:
+    """Leaves under one constraint: only scalars move, and the results are those of one device."""
+    rng = np.random.default_rng(0)
+    weights, gradients = (
+        {n: rng.normal(size=shape).astype(np.float32) for n, (shape, _) in ACROSS.items()}
+        for _ in range(2)
+    )
+    for name, constraint in IN_PARTS.items():
+        rules = {oc.across("*"): constraint}
+        tx = optax.chain(optax.sgd(0.1), oc.project(rules))
+
+        def step(params, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates)
+
+        def constrain(params, state, grads, rules=rules):
+            del grads
+            return oc.constrain(params, rules, state=state)
+
+        params, grads = (
+            {n: put(w, mesh, ACROSS[n][1]) for n, w in tree.items()}
+            for tree in (weights, gradients)
+        )
+        given = tx.init(weights)
+        state = tx.init(params)
+        for verb in (step, constrain):
+            program = jax.jit(verb).lower(params, state, grads).compile()
+            moved = collectives(program.as_text())
+            checks.that(moved == {("all-reduce", 1)}, kind, f"{name}, {verb.__name__}: {moved}")
+            got, want = program(params, state, grads), verb(weights, given, gradients)
+            checks.close(kind, "others", got, want)
+            for n, w in got.items():
+                same = w.sharding.is_equivalent_to(params[n].sharding, w.ndim)
+                checks.that(same, kind, f"{name}: {n} is now {w.sharding}")
+    layer = {"kernel": (weights["b"], P("x", "y")), "bias": (weights["b"][0], P("y"))}
+    plain = {n: w for n, (w, _) in layer.items()}
+    placed = {n: put(w, mesh, spec) for n, (w, spec) in layer.items()}
+    for constraint in (oc.unit_norm(), oc.fixed_norm("2x init", axis=0), oc.monotone()):
+        for pattern in (oc.joint("kernel", "bias"), oc.across("*")):
+            rules = {pattern: constraint}
+            tx = oc.project(rules)
+
+            def apply(params, tx=tx):
+                return tx.update(params, tx.init(params), params)[0]
+
+            checks.close(kind, "others", jax.jit(apply)(placed), apply(plain))
+            rows = oc.report(placed, rules, state=tx.init(placed)).rows
+            checks.that(rows[0].units, kind, str(rows))
+
+
 def every_set(checks: Checks) -> None:
     """Each exported set is in one of the groups."""
     used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
@@ -473,8 +540,13 @@ def main() -> None:
     if groups != ["processes"]:
         self_test(checks, mesh)
         every_set(checks)
+        groups_of_leaves(checks, mesh, "groups")
         if groups == every and hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7
             explicit_axes(checks)
+            kinds = (jax.sharding.AxisType.Explicit,) * 2
+            explicit = jax.make_mesh(shape, ("x", "y"), axis_types=kinds)
+            with jax.set_mesh(explicit):
+                groups_of_leaves(checks, explicit, "groups on explicit axes")
     elif jax.process_count() == 2:
         hyperparameters(checks, mesh)
     for group in groups:

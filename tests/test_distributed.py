@@ -76,7 +76,7 @@ def test_two_groups_on_eight_devices():
     """Norms and elementwise sets, which stand for all five groups in `make test`."""
     (report,) = run(("norms of leaves", "elementwise"), timeout=300)
     kinds = ["self-test", "every set", "equality", "shardings", "donation", "compilations"]
-    check(report, *kinds, "collectives", "constrain and violations")
+    check(report, *kinds, "collectives", "constrain and violations", "groups")
     assert report["passed"]["donation"] == len(report["worst"]) == 2
     assert report["passed"]["equality"] > 100
 
@@ -86,6 +86,7 @@ def test_two_groups_on_eight_devices():
 def test_eight_devices():
     """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
     (report,) = run((), timeout=300)
+    explicit = ["explicit axes", "groups on explicit axes"]
     check(
         report,
         "self-test",
@@ -96,7 +97,8 @@ def test_eight_devices():
         "compilations",
         "collectives",
         "constrain and violations",
-        *(["explicit axes"] if hasattr(jax.sharding, "auto_axes") else []),
+        "groups",
+        *(explicit if hasattr(jax.sharding, "auto_axes") else []),
     )
     # One group of sets for each of these.
     assert report["passed"]["donation"] == len(report["worst"]) == 5

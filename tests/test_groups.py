@@ -19,6 +19,7 @@ from flax import nnx
 import optax_constraints as oc
 from optax_constraints import across, joint, of_layer, rules_from_tree
 from optax_constraints._axes import LeafLayout
+from optax_constraints._rules import Binder
 from optax_constraints._trees import leaves_by_path
 from optax_constraints.flax import layout, linen
 
@@ -1042,3 +1043,141 @@ def test_patterns_that_are_none(make, error, message):
 def test_a_group_that_does_nothing_warns():
     with pytest.warns(UserWarning, match=r"across\('\*'\) does nothing: an earlier rule matches"):
         oc.constrain(LAYER, [("*", oc.non_neg()), (across("*"), oc.max_norm(1.0))])
+
+
+# Settings of JAX, and rules at random.
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_debug_nans", True),
+        ("jax_disable_jit", True),
+    ],
+)
+def test_groups_under_strict_settings_of_jax(option, value):
+    params = {"kernel": leaf(4, 3, dtype=jnp.bfloat16), "bias": leaf(3)}
+    for pattern in (joint("kernel", "bias"), across("*")):
+        for constraint in (oc.max_norm(0.5), oc.top_k(4), oc.l1_ball(), oc.monotone()):
+            rules = {pattern: constraint}
+            want = oc.constrain(params, rules)
+            before = getattr(jax.config, option)
+            jax.config.update(option, value)
+            try:
+                close(oc.constrain(params, rules), want, 2)
+                got = moved(oc.project(rules), params, jax.tree.map(jnp.zeros_like, params))
+                close(got, want, 2)
+            finally:
+                jax.config.update(option, before)
+
+
+NAMES = ("kernel", "bias", "scale", "weight", "w", "a", "b", "kernel+bias", "x*", "")
+FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16)
+ANY_SET = (
+    *(None, "max_norm", oc.max_norm(1.0, axis="fan_in"), oc.unit_norm(), oc.fixed_norm("init")),
+    *(oc.top_k(2), oc.top_k(0.3), oc.simplex(), oc.l1_ball(), oc.non_neg(), oc.monotone()),
+    *(oc.stacked(oc.max_norm(1.0)), oc.stacked(oc.simplex(), axis=(0, 1)), oc.orthogonal()),
+    *(oc.compose(oc.non_neg(), oc.max_norm(1.0)), oc.max_norm("fan_in"), oc.nm(1, 2)),
+)
+
+
+class Fuzz:
+    """Trees, layouts and rules from a seed."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def one(self, *things: Any) -> Any:
+        return things[self.rng.integers(len(things))]
+
+    def chance(self, p: float) -> bool:
+        return self.rng.random() < p
+
+    def leaf(self) -> Any:
+        if self.chance(0.05):
+            return self.one(None, 1.5, "text", jnp.arange(3))
+        shape = self.rng.choice((0, 1, 2, 3), self.rng.integers(4))
+        return leaf(*map(int, shape), dtype=self.one(*FLOATS))
+
+    def layer(self) -> Any:
+        i, o = self.rng.integers(1, 4, 2)
+        return self.one(
+            {"kernel": leaf(i, o), "bias": leaf(o, dtype=self.one(*FLOATS))},
+            {"weight": leaf(o, i), "bias": leaf(o)},
+            {"kernel": leaf(2, i, o), "bias": leaf(2, o)},
+            {self.one(*NAMES): self.leaf() for _ in range(3)},
+        )
+
+    def tree(self, depth: int = 0) -> Any:
+        if depth == 2 or (depth and self.chance(0.6)):
+            return self.layer() if self.chance(0.8) else self.leaf()
+        children = [self.tree(depth + 1) for _ in range(self.rng.integers(1, 4))]
+        return children if self.chance(0.2) else {self.one(*NAMES): child for child in children}
+
+    def layout(self, tree: Any) -> Any:
+        found = {}
+        for path, w in leaves_by_path(tree):
+            axes = range(getattr(w, "ndim", 0))
+            stacked = tuple(a for a in axes if self.chance(0.2))
+            own = tuple(a for a in axes if a not in stacked and self.chance(0.5))
+            fan_in = None if self.chance(0.1) else own
+            found[path] = LeafLayout(self.one("Dense", "Conv"), fan_in, stacked)
+        return found
+
+    def single(self) -> Any:
+        return self.one(
+            *("kernel", "bias", "weight", "*", "**", "**/kernel", "/a/*", self.one(*NAMES)),
+            *(re.compile(".*kernel"), lambda path, leaf: len(path) % 2),
+            *(of_layer("Dense", "kernel"), of_layer("Conv")),
+        )
+
+    def rules(self, depth: int = 0) -> Any:
+        pairs = []
+        for _ in range(self.rng.integers(1, 4)):
+            pattern = self.one(
+                joint("kernel", "bias"),
+                joint(*(self.single() or "b" for _ in range(2))),
+                across(*(self.single() or "b" for _ in range(self.rng.integers(1, 3)))),
+                self.single(),
+            )
+            deeper = depth < 2 and self.chance(0.1)
+            pairs.append((pattern, self.rules(depth + 1) if deeper else self.one(*ANY_SET)))
+        return pairs if self.chance(0.6) else dict(pairs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rules_at_random_bind_or_say_why_not():
+    bound = refused = ran = 0
+    for seed in range(2500):
+        fuzz = Fuzz(seed)
+        tree, rules = fuzz.tree(), fuzz.rules()
+        known = fuzz.layout(tree) if fuzz.chance(0.5) else None
+        try:
+            if fuzz.chance(0.2):
+                rules = oc.deserialize(json.loads(json.dumps(oc.serialize(rules))))
+            bindings = list(Binder(rules, layout=known, strict=fuzz.chance(0.3))(tree))
+        except (TypeError, ValueError) as error:
+            refused += len(str(error)) > 20
+            continue
+        bound += 1
+        places = [place for b in bindings for place in b.places]
+        assert sorted(places) == list(range(len(jax.tree.leaves(tree))))
+        if ran < 40 and any(b.is_group for b in bindings):
+            ran += 1
+            once = oc.constrain(tree, rules, layout=known, strict=False)
+            tx = oc.project(rules, layout=known, strict=False)
+            again = oc.constrain(once, rules, layout=known, strict=False, state=tx.init(once))
+            # A leaf in bfloat16 rounds what the others are divided by, too.
+            narrow = any(getattr(w, "dtype", None) == jnp.bfloat16 for w in jax.tree.leaves(tree))
+            for w, x, y in zip(*map(jax.tree.leaves, (tree, once, again)), strict=True):
+                if not isinstance(w, jax.Array) or w.dtype == jnp.int32:
+                    continue
+                assert (x.shape, x.dtype) == (y.shape, y.dtype) == (w.shape, w.dtype)
+                eps = float(jnp.finfo(jnp.bfloat16 if narrow else w.dtype).eps)
+                most = max(1, np.max(np.abs(float64(x)), initial=0))
+                np.testing.assert_allclose(float64(y), float64(x), rtol=0, atol=16 * eps * most)
+    assert bound + refused == 2500
+    assert min(bound, refused) > 500
+    assert ran == 40

@@ -107,7 +107,8 @@ class _NormSet(InParts, UnitSet):
         wide = tuple(widen(type(self).__name__, part) for part in parts)
         norms = [norm(part, axis) for part, axis in zip(wide, units.axes, strict=True)]
         if len(norms) > 1:
-            together = jnp.stack([n.reshape(()) for n in norms])
+            dtype = _numerics.widest(*(n.dtype for n in norms))
+            together = jnp.stack([n.reshape(()).astype(dtype) for n in norms])
             norms = [norm(together, (0,)).reshape(())]
         return self._of_all(norms[0]) / self._one(self._size(parts, units))
 

@@ -278,7 +278,7 @@ class TopK(InParts, UnitSet):
         for part in parts:
             check_floating("TopK", part)
         # Magnitudes are compared by their bits.
-        dtype = jnp.result_type(*parts)
+        dtype = _numerics.widest(*(part.dtype for part in parts))
         terms = tuple((own[0].astype(dtype), *own[1:]) for own in terms)
         k = self._count_of(units.size(parts), dtype)
 

@@ -200,7 +200,7 @@ class _ThresholdSet(InParts, UnitSet):
         wide = _each(functools.partial(widen, type(self).__name__), parts)
         if not units.size(parts):
             return parts
-        new = self._shrunk(terms, jnp.result_type(*wide), units)
+        new = self._shrunk(terms, _numerics.widest(*(part.dtype for part in wide)), units)
         return _each(lambda new, w: new.astype(w.dtype), new, parts)
 
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
