@@ -22,7 +22,7 @@ import orbax.checkpoint
 import pytest
 from cases import DTYPES, Case, bits, float64
 from jax.sharding import PartitionSpec as P
-from test_conformance import ALL, relative
+from test_conformance import ALL, FIRST, relative
 
 import optax_constraints as oc
 from optax_constraints.sets._common import MatrixSet
@@ -31,6 +31,18 @@ WIDEST = DTYPES[0]
 # Of several constraints in one, of which some remember: a tuple.
 ALL = [*ALL, relative(oc.Compose(oc.non_neg(), oc.fixed_norm("init")), None, 1, 1)]
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
+
+
+def each_set(cases: list[Case]) -> pytest.MarkDecorator:
+    """One case of each set in `make test`, and the others in `make test-all`.
+
+    Outside of jit each operation is compiled by itself, for each shape.
+    """
+    first = (*FIRST.values(), ALL[-1])
+    marked = [c if c in first else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: jnp.dtype(d).name)
 
 
@@ -156,7 +168,7 @@ def test_shard_map(case: Case):
 # Without jit, and with a look at each result.
 
 
-@each_case
+@each_set(ALL)
 def test_disable_jit(case: Case):
     w, u = normal(case, 0), normal(case, 1)
     some = {name: uses(case)[name] for name in ("call", "update", "on_bound", "jvp")}
@@ -188,13 +200,13 @@ def looked_at(case: Case) -> dict[str, dict[str, str]]:
     }
 
 
-@each_case
+@each_set(ALL)
 def test_debug_nans(case: Case):
     with jax.debug_nans(True):
         assert looked_at(case) == {}
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if case not in INFINITE], ids=str)
+@each_set([case for case in ALL if case not in INFINITE])
 def test_debug_infs(case: Case):
     with jax.debug_infs(True):
         assert looked_at(case) == {}
