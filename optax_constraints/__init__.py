@@ -20,12 +20,10 @@ from optax_constraints._report import report as report
 from optax_constraints._tangent import TangentState as TangentState
 from optax_constraints._tangent import tangent as tangent
 from optax_constraints.sets.combinators import Compose as Compose
-from optax_constraints.sets.combinators import Intersection as Intersection
 from optax_constraints.sets.combinators import Part as Part
 from optax_constraints.sets.combinators import Soft as Soft
 from optax_constraints.sets.combinators import Stacked as Stacked
 from optax_constraints.sets.combinators import compose as compose
-from optax_constraints.sets.combinators import intersection as intersection
 from optax_constraints.sets.combinators import part as part
 from optax_constraints.sets.combinators import soft as soft
 from optax_constraints.sets.combinators import stacked as stacked
@@ -41,6 +39,8 @@ from optax_constraints.sets.elementwise import mask as mask
 from optax_constraints.sets.elementwise import non_neg as non_neg
 from optax_constraints.sets.elementwise import scale as scale
 from optax_constraints.sets.elementwise import zero_diagonal as zero_diagonal
+from optax_constraints.sets.intersection import Intersection as Intersection
+from optax_constraints.sets.intersection import intersection as intersection
 from optax_constraints.sets.matrix import DoublyStochastic as DoublyStochastic
 from optax_constraints.sets.matrix import PositiveSemidefinite as PositiveSemidefinite
 from optax_constraints.sets.matrix import Radial as Radial

@@ -137,7 +137,7 @@ PRIVATE = (
     ),
     Private(
         "flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT",
-        ("flax/linen.py",),
+        ("flax/_train_state.py",),
         "TrainState keeps float8 scales under this key, and the parameters beside it as `params`.",
     ),
     # Flax NNX.

@@ -29,29 +29,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.core
 import jax
-import optax
 from flax import linen as nn
 from flax import nnx, struct
 from flax.core import meta
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.nnx import bridge
-from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint
-from optax_constraints._patterns import Rules
-from optax_constraints._project import constrain_bound
 from optax_constraints._text import shown
 from optax_constraints._trees import path_of
 from optax_constraints.flax._layers import layer_type, own_fan_in
 from optax_constraints.flax._signature import SUFFIX, signature
 from optax_constraints.flax._static import (
-    HeldLayout,
-    HeldRules,
-    binder,
     layer_constraint,
     split_arrays,
 )
+from optax_constraints.flax._train_state import TrainState as TrainState
 from optax_constraints.sets.combinators import Stacked
 
 # Layers.
@@ -560,123 +553,3 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         leaf = meta.unbox(leaf)
         trace.leaves[path] = dataclasses.replace(found[path], axes=axes, shape=leaf.shape)
     return trace
-
-
-# Training.
-
-
-class TrainState(train_state.TrainState):
-    """Flax's `TrainState`, whose parameters are in their sets after each step.
-
-    `apply_gradients` projects what `optax.apply_updates` returns, so the parameters are the
-    projections to the bit; `project` in the optimizer has to go through a difference. Use one
-    of the two. Schedules in the rules see `step` as it was before the step.
-
-    Cost: one pass over each constrained leaf for an elementwise set, two for a norm.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> import optax_constraints as oc
-        >>> from optax_constraints.flax import linen as ocl
-        >>> model, x = ocl.Dense(1, kernel_constraint=oc.non_neg()), jnp.ones((2, 2))
-        >>> state = ocl.TrainState.create(
-        ...     apply_fn=model.apply,
-        ...     params=model.init(jax.random.key(0), x)["params"],
-        ...     tx=optax.sgd(9.0),
-        ...     rules=ocl.declared(model, x),
-        ... )
-        >>> grads = jax.grad(lambda p: state.apply_fn({"params": p}, x).sum())(state.params)
-        >>> state.apply_gradients(grads=grads).params["kernel"]
-        Array([[0.],
-               [0.]], dtype=float32)
-    """
-
-    has_memory_of_constraints = True
-    rules: Any = struct.field(pytree_node=False, kw_only=True)
-    """As for `project`, in a box that hashes, and is equal to that of equal rules."""
-    layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
-    """As for `project`, in a box."""
-    memory: Any = struct.field(kw_only=True, default=())
-    """By path, what constraints remember of their leaves, such as norms at init."""
-
-    def __post_init__(self) -> None:
-        for name, box in (("rules", HeldRules), ("layout", HeldLayout)):
-            value = getattr(self, name)
-            if not isinstance(value, box):
-                object.__setattr__(self, name, box(value))
-
-    def apply_gradients(
-        self, *, grads: Any, extra: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> "TrainState":
-        """Updates the parameters, then projects them.
-
-        Args:
-            grads: Gradients, a tree like `params`.
-            extra: What `arg` in the rules reads, by name.
-            **kwargs: Other fields to replace.
-
-        Returns:
-            The state after the step.
-        """
-        new = super().apply_gradients(grads=grads, **kwargs)
-        inner, rebuild = _parameters(new.params)
-        bind = binder(self.rules, self.layout)
-        params, memory = constrain_bound(inner, bind, self.memory, step=self.step, extra=extra)
-        return new.replace(params=rebuild(params), memory=memory)
-
-    @classmethod
-    def create(
-        cls,
-        *,
-        apply_fn: Callable[..., Any],
-        params: Any,
-        tx: optax.GradientTransformation,
-        rules: Rules = None,
-        layout: Mapping[str, LeafLayout] | None = None,
-        **kwargs: Any,
-    ) -> "TrainState":
-        """Makes a state at step 0. The parameters stay as they are until the first step.
-
-        Args:
-            apply_fn: Usually `model.apply`.
-            params: `variables["params"]`.
-            tx: The optimizer.
-            rules: As for `project`; usually `declared(model, x)`.
-            layout: As for `project`; usually `layout(model, x)`.
-            **kwargs: Fields of a subclass.
-
-        Returns:
-            The state.
-
-        Raises:
-            TypeError: If a rule names a leaf that is not floating-point.
-            ValueError: If there are no rules, a rule matches no leaf, or a leaf does not have
-                the axis asked for.
-        """
-        if rules is None:
-            raise ValueError(
-                "TrainState.create needs the constraints; write rules=declared(model, x), rules "
-                'by path such as rules={"kernel": max_norm(2.0)}, or rules={} for none.'
-            )
-        held = HeldRules(rules), HeldLayout(layout)
-        bind = binder(*held)
-        inner, _ = _parameters(params)
-        memory = bind.start(inner)
-        if not any(bound.needs_args for bound in bind(inner)):
-            jax.eval_shape(lambda p: constrain_bound(p, bind, memory, step=0, extra=None), inner)
-        return super().create(
-            apply_fn=apply_fn,
-            params=params,
-            tx=tx,
-            rules=held[0],
-            layout=held[1],
-            memory=memory,
-            **kwargs,
-        )
-
-
-def _parameters(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The parameters alone, and the way back: Flax keeps scales of float8 beside them."""
-    if OVERWRITE_WITH_GRADIENT in params:
-        return params["params"], lambda inner: {**params, "params": inner}
-    return params, lambda inner: inner
