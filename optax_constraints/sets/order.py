@@ -345,19 +345,26 @@ def _are_largest(terms: Terms, k: jax.Array, units: Units) -> Parts:
     # itself, the CPU would take subnormal numbers for zeros.
     least = jnp.maximum(least, 1) - 1
 
-    def kept(end: jax.Array) -> Parts:
+    def kept(end: jax.Array, most: int) -> Parts:
         """The entries above the least magnitude, and of those that are at it all before `end`."""
         lowered = (m - 1 for m in magnitudes(end))
         places = _places(parts, units, end if len(parts) > 1 else None)
-        pairs = zip(lowered, places, strict=True)
-        return tuple((m > least) | ((m == least) & (place < end)) for m, place in pairs)
+        return tuple(
+            ((m > least) & (m <= jnp.asarray(most, dtype))) | ((m == least) & (place < end))
+            for m, place in zip(lowered, places, strict=True)
+        )
+
+    # Zeros have wrapped around to the largest number; they are kept, and not counted.
+    largest = int(jnp.iinfo(dtype).max)
 
     def first_of_equal() -> jax.Array:
         bits = units.size(parts).bit_length()
-        return _greatest(bits, zeros, lambda end: units.count(kept(end)) <= k)
+        return _greatest(bits, zeros, lambda end: units.count(kept(end, largest // 2)) <= k)
 
     end = lax.cond(jnp.any(excess > 0), first_of_equal, lambda: zeros + units.size(parts))
-    return tuple(keep | jnp.isnan(part) for keep, part in zip(kept(end), parts, strict=True))
+    return tuple(
+        keep | jnp.isnan(part) for keep, part in zip(kept(end, largest), parts, strict=True)
+    )
 
 
 def _places(parts: Parts, units: Units, after: jax.Array | None) -> Parts:
