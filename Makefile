@@ -8,16 +8,15 @@ export OPENBLAS_NUM_THREADS := 1
 
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 PYTEST := python -m pytest -n 2 --dist worksteal
-# What looks at numbers, compiled as users compile it.
-NUMBERS := $(call tests,numerics properties simplex order matrix spectral elementwise tangent \
-	groups)
-# The rest looks at structure, at messages, and at whether sets hold at all. Compiling takes most
-# of its time, so `make test` has it compiled with less optimization, and `make test-all` without.
-REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
+# Compiling takes most of the time of the tests. `make test` has everything compiled with less
+# optimization, and `make test-all` has what looks at numbers compiled as users compile it.
 QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity simplex order \
+	matrix spectral elementwise combinators tangent groups numbers)
+REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
 # What depends on the dtype runs in float64, too.
-FLOAT64 := $(filter-out %groups.py,$(NUMBERS)) \
-	$(call tests,known_answers combinators project memory pytrees modes)
+FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(NUMBERS)) \
+	$(call tests,project memory pytrees modes)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
@@ -26,24 +25,23 @@ LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
 
-# Pyright takes a minute of one core: it runs beside the first tests, and what it says is shown
-# when they end. If either fails, there is no second run.
+# Pyright takes a minute of one core: it runs beside the tests, and what it says is shown
+# when they end. A newer JAX may not know the flags, and then stops at once: it goes without.
 test: .venv/.tests
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	{ $(LINT); } >"$$log" 2>&1 & lint=$$!; \
-	$(BIN)/$(PYTEST) -m "not slow and not float16" $(NUMBERS); tests=$$?; \
-	wait $$lint; linted=$$?; cat "$$log"; \
-	test $$tests = 0 && test $$linted = 0
-# A newer JAX may not know these flags, and then stops at once: it goes without.
 	flags="$(QUICKLY)"; \
 	XLA_FLAGS="$$flags" $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null || flags=; \
-	XLA_FLAGS="$$flags" $(BIN)/$(PYTEST) -m "not slow and not float16" $(REST)
+	XLA_FLAGS="$$flags" $(BIN)/$(PYTEST) -m "not slow and not float16"; tests=$$?; \
+	wait $$lint; linted=$$?; cat "$$log"; \
+	test $$tests = 0 && test $$linted = 0
 
 # What `make test` leaves out; the two together are everything.
 test-all: lint test-left-out test-float64 test-floor test-newest
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -m "slow or float16"
+	$(BIN)/$(PYTEST) $(NUMBERS)
+	$(BIN)/$(PYTEST) -m "slow or float16" $(REST)
 
 test-float64: .venv/.tests
 	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
@@ -54,7 +52,7 @@ test-floor: .venv-floor/.tests
 
 # And on the newest versions, which need a newer Python than python3 may be: the newest one on
 # this machine is taken. If none is newer than that of .venv, that has the newest versions
-# already, and what `make test` had compiled quickly is left to run.
+# already, and the rest is run once more as users compile it.
 KNOWN := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\).*/\1/p' pyproject.toml)
 NEWEST = $(shell $(BIN)/python tests/newer_python.py $(KNOWN))
 test-newest: .venv/.tests

@@ -339,7 +339,7 @@ def test_only_square_windows(shape):
 def test_a_bound_that_is_no_number():
     with pytest.raises(ValueError, match="min_eigenvalue=nan is not allowed"):
         PositiveSemidefinite(float("nan"))
-    with pytest.raises(TypeError, match="min_eigenvalue='a' is not a number"):
+    with pytest.raises(ValueError, match="min_eigenvalue='a' is not a number"):
         PositiveSemidefinite("a")
 
 

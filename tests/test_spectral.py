@@ -476,7 +476,7 @@ def test_eager_calls_find_their_program_again(constraint):
     [
         (lambda: Orthogonal(-1.0), ValueError, "Orthogonal: scale=-1.0"),
         (lambda: MaxSpectralNorm(-1.0), ValueError, "MaxSpectralNorm: max_value=-1.0"),
-        (lambda: MaxSpectralNorm("a"), TypeError, "MaxSpectralNorm: max_value='a'"),
+        (lambda: MaxSpectralNorm("a"), ValueError, "MaxSpectralNorm: max_value='a'"),
         (lambda: NuclearNormBall(float("nan")), ValueError, "NuclearNormBall: radius=nan"),
         (lambda: LowRank(-1), ValueError, "LowRank: rank=-1"),
         (lambda: LowRank(1.5), TypeError, "LowRank: rank=1.5 is not an int"),
