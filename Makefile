@@ -20,50 +20,50 @@ FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(N
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
-.PHONY: test-newer test-rest bench mutants lint clean
+.PHONY: test-newer bench mutants lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
 
-# Pyright takes a minute of one core: it runs beside the tests, and what it says is shown
-# when they end. A newer JAX may not know the flags, and then stops at once: it goes without.
+# Runs the tests with a Python, compiled quickly. A JAX that does not know the flags stops at once:
+# then they are compiled as users compile them.
+quickly = flags="$(QUICKLY)"; \
+	XLA_FLAGS="$$flags" $(1)/python -c "import jax; jax.devices()" 2>/dev/null || flags=; \
+	XLA_FLAGS="$$flags" $(1)/$(PYTEST)
+
+# Pyright takes a minute of one core: it runs beside the tests, and what it says is shown when
+# they end.
 test: .venv/.tests
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	{ $(LINT); } >"$$log" 2>&1 & lint=$$!; \
-	flags="$(QUICKLY)"; \
-	XLA_FLAGS="$$flags" $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null || flags=; \
-	XLA_FLAGS="$$flags" $(BIN)/$(PYTEST) -m "not slow and not float16"; tests=$$?; \
+	$(call quickly,$(BIN)) -m "not slow and not float16"; tests=$$?; \
 	wait $$lint; linted=$$?; cat "$$log"; \
 	test $$tests = 0 && test $$linted = 0
 
 # What `make test` leaves out; the two together are everything.
-test-all: lint test-left-out test-float64 test-floor test-newest
+test-all: test-left-out test-float64 test-floor test-newest
 
 test-left-out: .venv/.tests
 	$(BIN)/$(PYTEST) $(NUMBERS)
 	$(BIN)/$(PYTEST) -m "slow or float16" $(REST)
 
 test-float64: .venv/.tests
-	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
+	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" $(FLOAT64)
 
 # The same tests on the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
-	.venv-floor/bin/$(PYTEST) -m "not slow" -k "not float16" tests
+	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16" tests
 
 # And on the newest versions, which need a newer Python than python3 may be: the newest one on
-# this machine is taken. If none is newer than that of .venv, that has the newest versions
-# already, and the rest is run once more as users compile it.
+# this machine is taken. If there is none, .venv has the newest versions already.
 KNOWN := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\).*/\1/p' pyproject.toml)
 NEWEST = $(shell $(BIN)/python tests/newer_python.py $(KNOWN))
 test-newest: .venv/.tests
-	$(MAKE) $(if $(NEWEST),test-newer NEWEST=$(NEWEST),test-rest)
+	$(if $(NEWEST),$(MAKE) test-newer NEWEST=$(NEWEST),@echo "No Python here is newer than \
+	that of .venv, which has the newest versions already.")
 
 test-newer: .venv-newest/.tests
-	.venv-newest/bin/$(PYTEST) -m "not slow" -k "not float16" $(REST)
-
-test-rest: .venv/.tests
-	@echo "no Python here is newer than that of .venv, which has the newest versions already"
-	$(BIN)/$(PYTEST) -m "not slow" -k "not float16" $(REST)
+	$(call quickly,.venv-newest/bin) -m "not slow" -k "not float16" $(REST)
 
 lint: .venv/.tests
 	$(LINT)

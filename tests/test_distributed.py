@@ -77,7 +77,9 @@ def test_two_groups_on_eight_devices():
     (report,) = run(("norms of leaves", "elementwise"), timeout=300)
     kinds = ["self-test", "every set", "equality", "shardings", "donation", "compilations"]
     check(report, *kinds, "collectives", "constrain and violations", "groups")
-    assert report["passed"]["donation"] == len(report["worst"]) == 2
+    assert report["passed"]["donation"] == 2
+    # Of groups of leaves, the worst is among others.
+    assert set(report["worst"]) == {"norms of leaves", "elementwise", "others"}
     assert report["passed"]["equality"] > 100
 
 
