@@ -1064,7 +1064,7 @@ def test_a_group_that_does_nothing_warns():
         ("jax_numpy_rank_promotion", "raise"),
         ("jax_numpy_dtype_promotion", "strict"),
         ("jax_debug_nans", True),
-        ("jax_disable_jit", True),
+        pytest.param("jax_disable_jit", True, marks=pytest.mark.slow),
     ],
 )
 def test_groups_under_strict_settings_of_jax(option, value):
@@ -1158,7 +1158,8 @@ class Fuzz:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_rules_at_random_bind_or_say_why_not():
+@pytest.mark.parametrize("runs", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_rules_at_random_bind_or_say_why_not(runs):
     bound = refused = ran = 0
     for seed in range(2500):
         fuzz = Fuzz(seed)
@@ -1174,7 +1175,7 @@ def test_rules_at_random_bind_or_say_why_not():
         bound += 1
         places = [place for b in bindings for place in b.places]
         assert sorted(places) == list(range(len(jax.tree.leaves(tree))))
-        if ran < 40 and any(b.is_group for b in bindings):
+        if ran < runs and any(b.is_group for b in bindings):
             ran += 1
             once = oc.constrain(tree, rules, layout=known, strict=False)
             tx = oc.project(rules, layout=known, strict=False)
@@ -1190,4 +1191,4 @@ def test_rules_at_random_bind_or_say_why_not():
                 np.testing.assert_allclose(float64(y), float64(x), rtol=0, atol=16 * eps * most)
     assert bound + refused == 2500
     assert min(bound, refused) > 500
-    assert ran == 40
+    assert ran == runs

@@ -22,7 +22,7 @@ import orbax.checkpoint
 import pytest
 from cases import DTYPES, Case, bits, float64
 from jax.sharding import PartitionSpec as P
-from test_conformance import ALL, FIRST, relative
+from test_conformance import ALL, relative
 
 import optax_constraints as oc
 from optax_constraints.sets._common import MatrixSet
@@ -34,11 +34,11 @@ each_case = pytest.mark.parametrize("case", ALL, ids=str)
 
 
 def each_set(cases: list[Case]) -> pytest.MarkDecorator:
-    """One case of each set in `make test`, and the others in `make test-all`.
+    """A case of each family of sets in `make test`, and the others in `make test-all`.
 
     Outside of jit each operation is compiled by itself, for each shape.
     """
-    first = (*FIRST.values(), ALL[-1])
+    first = {type(case.constraint).__module__: case for case in reversed(ALL)}.values()
     marked = [c if c in first else pytest.param(c, marks=pytest.mark.slow) for c in cases]
     return pytest.mark.parametrize("case", marked, ids=str)
 
