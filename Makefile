@@ -48,7 +48,7 @@ test-left-out: .venv/.tests
 	$(BIN)/$(PYTEST) -m "slow or float16" $(REST)
 
 test-float64: .venv/.tests
-	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" $(FLOAT64)
+	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
 
 # The same tests on the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
