@@ -15,8 +15,7 @@ NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity 
 	matrix spectral elementwise combinators tangent groups numbers)
 REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
 # What depends on the dtype runs in float64, too.
-FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(NUMBERS)) \
-	$(call tests,project memory pytrees modes)
+FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(NUMBERS))
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
@@ -49,6 +48,8 @@ test-left-out: .venv/.tests
 
 test-float64: .venv/.tests
 	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
+	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" \
+		$(call tests,project memory pytrees modes)
 
 # The same tests on the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
