@@ -15,10 +15,8 @@ from optax_constraints._constraint import Constraint
 from optax_constraints._numerics import widest
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
-from optax_constraints.sets._common import InParts
+from optax_constraints.sets._common import InParts, Parts
 from optax_constraints.sets.combinators import Around, Stacked
-
-Parts = tuple[jax.Array, ...]
 
 
 class Group(Around):

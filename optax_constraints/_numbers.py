@@ -224,36 +224,28 @@ def unread(number: Arg) -> TypeError:
 # Text, as one leaf makes numbers of it.
 
 
-class Settled(float):
-    """A number that was text, for one leaf; the report shows both."""
+class _Told:
+    """What numbers that were text have in common; the report shows both."""
 
     text: str
 
-    def __new__(cls, value: float, text: str) -> "Settled":
+    def __new__(cls, value: float, text: str) -> Any:
         """Keeps the text beside the number."""
-        self = super().__new__(cls, value)
+        self = super().__new__(cls, value)  # pyright: ignore[reportCallIssue]  # of a number
         self.text = text
         return self
 
     def __getnewargs__(self) -> Any:  # for copies and pickles
         """The arguments that make it again."""
-        return float(self), self.text
+        return +cast(Any, self), self.text
 
 
-class SettledCount(int):
+class Settled(_Told, float):
+    """A number that was text, for one leaf."""
+
+
+class SettledCount(_Told, int):
     """A whole number that was text, for one leaf."""
-
-    text: str
-
-    def __new__(cls, value: int, text: str) -> "SettledCount":
-        """Keeps the text beside the number."""
-        self = super().__new__(cls, value)
-        self.text = text
-        return self
-
-    def __getnewargs__(self) -> Any:
-        """The arguments that make it again."""
-        return int(self), self.text
 
 
 def settle_number(

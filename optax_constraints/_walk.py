@@ -3,6 +3,7 @@
 Every verb walks here. What constraints remember of their leaves is found here, too.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,14 +143,10 @@ class Bindings:
                 raise ValueError(
                     f"The state remembers nothing of {key!r}, which its constraint needs: {other}"
                 )
-            try:
+            with contextlib.suppress(OtherStructureError):
                 have[key] = rearranged(have[key], want[key])
-                old, new = (jax.tree.map(_shape_and_dtype, tree[key]) for tree in (have, want))
-                fits = old == new
-            except OtherStructureError:
-                old, new = (jax.tree.map(_shape_and_dtype, tree[key]) for tree in (have, want))
-                fits = False
-            if not fits:
+            old, new = (jax.tree.map(_shape_and_dtype, tree[key]) for tree in (have, want))
+            if old != new:
                 raise ValueError(
                     f"The state remembers {shown(old)} (shape, dtype) of {key!r}, and its "
                     f"constraint needs {shown(new)}: {other}"
@@ -219,17 +216,14 @@ class Bindings:
         for key, (bound, constraint, weights, own) in zip(self._keys, visits, strict=True):
             if constraint is None:
                 continue
-            given = [new[place] for place in bound.places]
+            result = bound.of(new)
             if updates is None:
                 result, own = function(constraint, weights, own)
-            elif _moves(bound, given):
-                update = jax.tree.map(jnp.asarray, bound.of(new))
+            elif _moves(bound, [new[place] for place in bound.places]):
+                update = jax.tree.map(jnp.asarray, result)
                 result, own = function(constraint, weights, own, update)
-            else:
-                result = tuple(given) if bound.is_group else given[0]
-            for place, leaf in zip(
-                bound.places, result if bound.is_group else (result,), strict=True
-            ):
+            results = result if bound.is_group else (result,)
+            for place, leaf in zip(bound.places, results, strict=True):
                 new[place] = leaf
             if constraint.remembers:
                 kept[key] = own

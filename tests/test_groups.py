@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import bits, float64
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 
 import optax_constraints as oc
 from optax_constraints import across, joint, of_layer, rules_from_tree
@@ -1192,3 +1192,22 @@ def test_rules_at_random_bind_or_say_why_not(runs):
     assert bound + refused == 2500
     assert min(bound, refused) > 500
     assert ran == runs
+
+
+@pytest.mark.parametrize("pattern", [joint("kernel", "bias"), across("*")], ids=str)
+def test_a_train_state_with_groups_goes_on_from_numpy(pattern):
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), jnp.ones((2, 4)))["params"]
+    state = linen.TrainState.create(
+        apply_fn=model.apply,
+        params=params,
+        tx=optax.adam(0.1),
+        rules={pattern: oc.fixed_norm("init", axis=0)},
+    )
+    state = jax.jit(lambda state: state.apply_gradients(grads=params))(state)
+    saved = jax.tree.map(np.asarray, serialization.to_state_dict(state))
+    back = serialization.from_state_dict(state, saved)
+    new, again = (s.apply_gradients(grads=params).params for s in (state, back))
+    assert all(map(np.array_equal, jax.tree.leaves(new), jax.tree.leaves(again)))
+    norms = [np.linalg.norm(vector(p)) for p in (params, new)]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
