@@ -10,7 +10,8 @@ tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 PYTEST := python -m pytest -n 2 --dist worksteal
 # Compiling takes most of the time of the tests. `make test` has everything compiled with less
 # optimization, and `make test-all` has what looks at numbers compiled as users compile it.
-QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1
 NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity simplex order \
 	matrix spectral elementwise combinators tangent groups numbers)
 REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints

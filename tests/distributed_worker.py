@@ -7,14 +7,10 @@ what it checked and what failed as one line of JSON.
 import collections
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
-
-# What LLVM makes of the program is not what is looked at, and takes half of the time.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp
