@@ -74,6 +74,9 @@ class Constraint:
     """Whether the set is a smooth one, such as a sphere or a plane: the derivative of the
     projection at a point of the set is then the orthogonal projection onto its tangent space."""
 
+    sign_preserving: ClassVar[bool] = False
+    """Whether the projection takes no entry across zero, nor away from it."""
+
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
 
@@ -144,16 +147,35 @@ class Constraint:
         """`advance` for `update`: in a difference the sign of a zero does not matter."""
         return self.advance(w, memory)
 
-    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
-        """The part of a vector that is tangent to a smooth set.
+    @property
+    def has_tangent(self) -> bool:
+        """Whether `tangent` knows the directions that stay in the set."""
+        return self.smooth or type(self).tangent is not Constraint.tangent
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """The nearest direction to a vector along which the set goes on, to first order.
+
+        That is the projection of the vector onto the tangent cone of the set at the weights; of
+        a smooth set, onto its tangent space. As it stands, it is for smooth sets; a convex set
+        writes its own.
 
         Args:
             w: Weights in the set.
-            v: A vector, such as a gradient, of the same shape.
+            v: A vector, such as a step, of the same shape.
+            memory: What is remembered of the leaf.
+            slack: How near to a bound, beside rounding, an entry counts as at it.
 
         Returns:
             The tangent part, in the dtype of `v`.
         """
+        del memory, slack
         w, v = jnp.asarray(w), jnp.asarray(v)
         dtype = compute_dtype(w.dtype, v.dtype)
         return jax.jvp(self, (w.astype(dtype),), (v.astype(dtype),))[1].astype(v.dtype)
@@ -511,6 +533,17 @@ def _equal(a: Any, b: Any) -> bool:
     if is_array(a) or is_array(b):
         return False
     return a == b
+
+
+def tangent_at(constraint: Constraint, w: Any, v: Any, memory: Any = (), slack: Any = None) -> Any:
+    """`constraint.tangent`, with no more arguments than it needs.
+
+    A class of a user's own may have written it for two.
+    """
+    more = (memory,) if constraint.remembers else ()
+    if slack is None or not is_own(constraint):
+        return constraint.tangent(w, v, *more)
+    return constraint.tangent(w, v, *more, slack=slack)
 
 
 def parts_of(constraint: Any) -> Iterator[Constraint]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_constraints._axes import LeafLayout, drop_axes, settle_axis
-from optax_constraints._constraint import Constraint
+from optax_constraints._constraint import Constraint, tangent_at
 from optax_constraints._numerics import widest
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
@@ -76,13 +76,14 @@ class JointGroup(Group):
 
         return automatic(advance, w[0], w, self, memory, like=(w, memory))
 
-    def tangent(self, w: Any, v: Any) -> Any:
+    def tangent(self, w: Any, v: Any, memory: Any = (), *, slack: Any = 0.0) -> Any:
         """The tangent part of the joint vector."""
 
-        def tangent(_: Any, w: Parts, v: Parts, this: JointGroup) -> Parts:
-            return this._parted(this.constraint.tangent(this._joined(w), this._joined(v)), v)
+        def tangent(_: Any, w: Parts, v: Parts, this: JointGroup, memory: Any) -> Parts:
+            parts = this._joined(w), this._joined(v)
+            return this._parted(tangent_at(this.constraint, *parts, memory, slack), v)
 
-        return automatic(tangent, w[0], w, v, self, like=v)
+        return automatic(tangent, w[0], w, v, self, memory, like=v)
 
     def on_bound(self, w: Any) -> jax.Array | None:
         """Which units of the joint array lie on the boundary."""
@@ -205,13 +206,15 @@ class AcrossGroup(Group):
 
         return automatic(advance, w[0], w, self.constraint, memory, like=(w, memory))
 
-    def tangent(self, w: Any, v: Any) -> Any:
+    def tangent(self, w: Any, v: Any, memory: Any = (), *, slack: Any = 0.0) -> Any:
         """The tangent part of a vector."""
+        if isinstance(self.constraint, InParts):
+            return self.constraint.tangent_parts(w, v, memory, slack)
 
-        def tangent(_: Any, w: Parts, v: Parts, constraint: Constraint) -> Parts:
-            return _in_parts(constraint.tangent(_vector(w), _vector(v)), v)
+        def tangent(_: Any, w: Parts, v: Parts, constraint: Constraint, memory: Any) -> Parts:
+            return _in_parts(tangent_at(constraint, _vector(w), _vector(v), memory, slack), v)
 
-        return automatic(tangent, w[0], w, v, self.constraint, like=v)
+        return automatic(tangent, w[0], w, v, self.constraint, memory, like=v)
 
     def on_bound(self, w: Any) -> jax.Array | None:
         """Which units lie on the boundary: one for most sets, all entries for some."""

@@ -74,7 +74,7 @@ def uses(case: Case) -> dict[str, Callable[[Any, Any], Any]]:
         "grad": lambda w, u: jax.vjp(constraint, w)[1](u)[0],
         "jvp of update": lambda w, u: jax.jvp(lambda u: update(w, u), (u,), (w,))[1],
         "grad of update": lambda w, u: jax.vjp(lambda u: update(w, u), u)[1](w)[0],
-        **({"tangent": constraint.tangent} if constraint.smooth else {}),
+        **({"tangent": constraint.tangent} if constraint.has_tangent else {}),
     }
 
 

@@ -148,6 +148,52 @@ class InParts(Constraint):
         """Projects the units of what the terms sum to."""
         raise NotImplementedError
 
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the set is smooth or convex."""
+        return self.smooth or self.convex
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """Each unit without what leads out of the set; sums are taken in float32 or wider."""
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        units = cast(UnitSet, self)._units(w)
+        return self._tangent_of((w,), (v,), units, memory, slack)[0]
+
+    def tangent_parts(self, w: Parts, v: Parts, memory: Any, slack: Any) -> Parts:
+        """`tangent` of the vector."""
+        return self._tangent_of(w, v, Units.one(w), memory, slack)
+
+    def _tangent_of(self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any) -> Parts:
+        dtype = _numerics.compute_dtype(*(part.dtype for part in (*w, *v)))
+        wide, along = (tuple(part.astype(dtype) for part in parts) for parts in (w, v))
+        if units.size(w):
+            rounding = max(_numerics.eps(part.dtype) for part in w)
+            along = self._along(wide, along, units, memory, slack, rounding)
+        return tuple(new.astype(part.dtype) for new, part in zip(along, v, strict=True))
+
+    def _along(
+        self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
+    ) -> Parts:
+        """`tangent` in a dtype in which sums are taken, of weights that are rounded to another."""
+        raise NotImplementedError
+
+
+def positive_part(a: jax.Array) -> jax.Array:
+    """The nearest positive semidefinite matrices to symmetric ones; NaN where not finite."""
+    finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
+    # LAPACK may not return from an infinity.
+    vectors, values = jax.lax.linalg.eigh(jnp.where(finite, a, 0), symmetrize_input=False)
+    scaled = vectors * jnp.maximum(values, 0)[..., None, :]
+    product = jnp.matmul(scaled, jnp.swapaxes(vectors, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(finite, product, jnp.nan)
+
 
 class UnitSet(Constraint):
     """Base of the sets that hold for each unit: one slice of the weights along `axis`."""
@@ -208,6 +254,36 @@ class MatrixSet(Constraint):
     def _whole(self, w: jax.Array) -> jax.Array:
         matrices, restore = self._matrices(w)
         return restore(self._project(matrices)).astype(w.dtype)
+
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the set is smooth or convex."""
+        return self.smooth or self.convex
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """Each matrix without what leads out of the set; computes in float32 or wider."""
+        del memory
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        dtype = _numerics.compute_dtype(w.dtype, v.dtype)
+        rounding = _numerics.eps(w.dtype)
+
+        def tangent(w: jax.Array, v: jax.Array, this: MatrixSet, slack: Any) -> jax.Array:
+            a, _ = this._matrices(w.astype(dtype))
+            b, restore = this._matrices(v.astype(dtype))
+            return restore(this._along(a, b, slack, rounding) if a.size else b).astype(v.dtype)
+
+        return automatic(tangent, w, v, self, jnp.asarray(slack, dtype))
+
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        """`tangent` of matrices whose weights are rounded to another dtype."""
+        raise NotImplementedError
 
     def _touches(self, w: jax.Array) -> jax.Array | None:
         """What `on_bound` says."""

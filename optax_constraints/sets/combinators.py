@@ -21,7 +21,7 @@ from optax_constraints._axes import (
     settle_axis,
 )
 from optax_constraints._config import as_constraint, builtin
-from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._constraint import Constraint, own_arrays, tangent_at
 from optax_constraints._numbers import Number, check_numbers, is_number, number, value
 from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
@@ -56,6 +56,11 @@ class Around(Constraint):
     def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the constraint inside is."""
         return self.constraint.smooth
+
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the constraint inside has."""
+        return self.constraint.has_tangent
 
     @property
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -129,13 +134,26 @@ class Stacked(Around):
 
         return automatic(advance, w, self, memory, like=(w, memory))
 
-    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
         """The tangent part of each slice."""
         w, v = jnp.asarray(w), jnp.asarray(v)
-        function = self.constraint.tangent
-        for axis in settle_axis("Stacked", self.axis, w.shape):
-            function = jax.vmap(function, axis, axis)
-        return function(w, v)
+
+        def tangent(w: jax.Array, v: jax.Array, this: Stacked, memory: Any) -> jax.Array:
+            def function(w: jax.Array, v: jax.Array, memory: Any) -> jax.Array:
+                return tangent_at(this.constraint, w, v, memory, slack)
+
+            for axis in settle_axis("Stacked", this.axis, w.shape):
+                function = jax.vmap(function, (axis, axis, 0), axis)
+            return function(w, v, memory if this.remembers else ())
+
+        return automatic(tangent, w, v, self, memory)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
@@ -208,6 +226,22 @@ class Soft(Around):
 
     elementwise = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     smooth = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the constraint inside has, and each step goes all the way into its set."""
+        return self.constraint.has_tangent and is_number(self.rate, 1)
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """The tangent part of the set inside."""
+        return tangent_at(self.constraint, w, v, memory, slack)
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Moves one array."""
@@ -314,10 +348,18 @@ class Part(Around):
         part, memory = self.constraint.advance(self._of(w), memory)
         return self._with(w, part), memory
 
-    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
         """The tangent part of the part; the rest is free."""
         w, v = jnp.asarray(w), jnp.asarray(v)
-        return self._with(v, self.constraint.tangent(self._of(w), self._of(v)))
+        part = tangent_at(self.constraint, self._of(w), self._of(v), memory, slack)
+        return self._with(v, part)
 
     def _index(self, path: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
         index = _parse_index(self.index)
@@ -473,8 +515,8 @@ class Several(Constraint):
         return tuple(c.remember(w) for c in self.constraints)
 
     def _each(self, memory: Any) -> Any:
-        """What is remembered, for each constraint."""
-        return memory if self.remembers else ((),) * len(self.constraints)
+        """What is remembered, for each constraint; by hand there may be nothing."""
+        return memory if self.remembers and memory else ((),) * len(self.constraints)
 
 
 @builtin
@@ -520,6 +562,31 @@ class Compose(Several):
             w, own = constraint.advance(w, own)
             new.append(own)
         return w, tuple(new) if self.remembers else memory
+
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the set is the intersection, and its cone known.
+
+        That holds where all are elementwise, and where signs and zeros are followed by a bound
+        on norms.
+        """
+        *first, last = self.constraints
+        cones = all(c.elementwise and c.sign_preserving for c in first)
+        allowed = self.elementwise or (cones and last.sign_preserving)
+        return allowed and all(c.has_tangent for c in self.constraints)
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """The tangent part of one set after the other."""
+        for constraint, own in zip(self.constraints, self._each(memory), strict=True):
+            v = tangent_at(constraint, w, v, own, slack)
+        return jnp.asarray(v)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units lie on the boundary of the last set."""

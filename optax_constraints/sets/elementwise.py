@@ -28,6 +28,35 @@ class _Elementwise(Constraint):
     elementwise = True
     convex = True
 
+    @property
+    def has_tangent(self) -> bool:
+        """Whether the set is convex."""
+        return self.convex
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """Without what leads out of the set from entries that are at a bound, to the bit."""
+        if self.smooth:
+            return super().tangent(w, v, memory, slack=slack)
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        lower, upper = self._bounds(w)
+        slack = jnp.asarray(slack).astype(w.dtype)
+        if lower is not None:
+            v = jnp.where(w <= lower + slack, jnp.maximum(v, 0), v)
+        if upper is not None:
+            v = jnp.where(w >= upper - slack, jnp.minimum(v, 0), v)
+        return v
+
+    def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """The least and the largest weights in the set."""
+        raise NotImplementedError
+
 
 def _array(owner: str, name: str, given: Any) -> np.ndarray | jax.Array:
     """A hyperparameter that is an array, from a list or an array of numbers."""
@@ -123,6 +152,8 @@ class NonNeg(_Elementwise):
         Array([0. , 0.5], dtype=float32)
     """
 
+    sign_preserving = True
+
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape."""
         w = jnp.asarray(w)
@@ -131,6 +162,9 @@ class NonNeg(_Elementwise):
     def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """What an update leads to."""
         return _clipped(w, jnp.zeros((), w.dtype), None, False), memory
+
+    def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        return jnp.zeros((), w.dtype), None
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -189,6 +223,15 @@ class Box(_Elementwise):
                 "write two of the shape of the weights."
             ) from None
         self._check_order("Box")
+
+    @property
+    def sign_preserving(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the bounds are zeros and infinities, which say the signs."""
+        bounds = [b for b in (self.lower, self.upper) if b is not None]
+        return all(
+            _is_concrete(b) and np.all((np.asarray(b) == 0) | np.isinf(np.asarray(b)))
+            for b in bounds
+        )
 
     def _check_order(self, where: str) -> None:
         if (
@@ -280,6 +323,7 @@ class Mask(_Elementwise):
     mask: jax.typing.ArrayLike | list | Callable[[tuple[int, ...]], jax.typing.ArrayLike]
 
     smooth = True
+    sign_preserving = True
 
     def __post_init__(self):
         if not callable(self.mask) and not isinstance(self.mask, Arg):
@@ -362,6 +406,7 @@ class ZeroDiagonal(_Elementwise):
     """
 
     smooth = True
+    sign_preserving = True
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one square matrix, or each of an array of them."""

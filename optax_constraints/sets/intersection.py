@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from optax_constraints import _numerics
 from optax_constraints._axes import settle_axis
 from optax_constraints._config import builtin
-from optax_constraints._constraint import Constraint, axis_names
+from optax_constraints._constraint import Constraint, axis_names, tangent_at
 from optax_constraints._text import shown
 from optax_constraints.sets.combinators import Several
 
@@ -101,6 +101,31 @@ class Intersection(Several):
         """Whether all of them are planes, which a smooth convex set is."""
         return all(c.smooth for c in self.constraints)
 
+    @property
+    def has_tangent(self) -> bool:
+        """Whether all of them have."""
+        return all(c.has_tangent for c in self.constraints)
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """What the cones of all of them share, by the method that projects onto the sets.
+
+        An entry or a unit counts as at a bound if it is near to it by 64 machine epsilons of the
+        largest weight.
+        """
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        wide = v.astype(_numerics.compute_dtype(w.dtype, v.dtype))
+        largest = jnp.max(jnp.abs(w), initial=0).astype(wide.dtype)
+        slack = jnp.maximum(slack, 64 * _numerics.eps(w.dtype) * largest)
+        along = _nearest_of_cones(self, self._each(memory), w, wide, slack)
+        return along.astype(v.dtype)
+
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects one floating-point array; computes in float32 or wider."""
         wide = w.astype(_numerics.compute_dtype(w.dtype))
@@ -108,6 +133,17 @@ class Intersection(Several):
 
 
 intersection = Intersection
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@jax.jit
+def _nearest_of_cones(
+    intersection: Intersection, memory: Any, w: jax.Array, v: jax.Array, slack: jax.Array
+) -> jax.Array:
+    def onto(constraint: Constraint, own: Any) -> Callable[[jax.Array], jax.Array]:
+        return lambda v: tangent_at(constraint, w, v, own, slack)
+
+    return _dykstra(intersection, memory, v, onto=onto)
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
@@ -158,10 +194,18 @@ class _Rounds(NamedTuple):
 _PLAIN_ROUNDS = 10
 
 
+def _advance(constraint: Constraint, own: Any) -> Callable[[jax.Array], jax.Array]:
+    return lambda w: constraint.advance(w, own)[0]
+
+
 def _dykstra(
-    intersection: Intersection, memory: Any, w: jax.Array, all_rounds: bool = False
+    intersection: Intersection,
+    memory: Any,
+    w: jax.Array,
+    all_rounds: bool = False,
+    onto: Callable[[Constraint, Any], Callable[[jax.Array], jax.Array]] = _advance,
 ) -> jax.Array:
-    """The last round's result."""
+    """The last round's result, with what `onto` makes of each constraint as its projection."""
     constraints = intersection.constraints
     tolerance = _numerics.eps(w.dtype) / 2
     axes = _axes_of_units(constraints, w.shape)
@@ -178,7 +222,7 @@ def _dykstra(
         for constraint, own, q, step in zip(constraints, memory, last.taken, ahead, strict=True):
             before = q + step
             y = x + before
-            x, _ = constraint.advance(y, own)
+            x = onto(constraint, own)(y)
             # Increments settle before the point does, or after: both have to stand still.
             size = jnp.max(jnp.nan_to_num(jnp.abs(y)), axis=axes, keepdims=True, initial=0)
             limit = tolerance * size

@@ -20,7 +20,7 @@ from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import Number, number, value
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe
-from optax_constraints.sets._common import MatrixSet, widen
+from optax_constraints.sets._common import MatrixSet, positive_part, widen
 from optax_constraints.sets.combinators import Stacked
 
 # Accelerators would multiply float32 matrices in fewer bits.
@@ -57,6 +57,10 @@ class _Mirrored(MatrixSet):
 
     def _mirror(self, a: jax.Array) -> jax.Array:
         return self.sign * _transpose(a)
+
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        del a, slack, rounding
+        return b / 2 + self._mirror(b) / 2
 
     def _project(self, a: jax.Array) -> jax.Array:
         # Not a + (image - a) / 2, which is not its own image to the bit.
@@ -173,6 +177,15 @@ class PositiveSemidefinite(MatrixSet):
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _project_positive(a, value(self.min_eigenvalue, a.dtype)) if a.size else a
+
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        # On the eigenvectors at the bound, eigenvalues may only grow.
+        vectors, values, own = _eigen(a)
+        near = own + 2 * rounding * jnp.max(jnp.abs(values), axis=-1, keepdims=True) + slack
+        low = values <= value(self.min_eigenvalue, a.dtype) + near
+        basis, b = jnp.where(low[..., None, :], vectors, 0), _symmetric_part(b)
+        falling = positive_part(-_matmul(_matmul(_transpose(basis), b), basis))
+        return b + _matmul(_matmul(basis, falling), _transpose(basis))
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose smallest eigenvalue is the bound, up to rounding."""
@@ -318,30 +331,15 @@ class DoublyStochastic(MatrixSet):
     """
 
     convex = True
-    smooth = True
     square = True
     axis: Axis = None
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _nearest_doubly_stochastic(a) if a.size else a
 
-    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
-        """The part of a vector along the matrices whose rows and columns sum to 1.
-
-        It is that along the set where all entries are positive.
-
-        Args:
-            w: A point of the set.
-            v: A vector, of the same shape.
-
-        Returns:
-            The vector with the means of its rows and columns taken out.
-        """
-        del w
-        v = jnp.asarray(v)
-        a, restore = self._matrices(v)
-        a = a - jnp.mean(a, axis=-1, keepdims=True)
-        return restore(a - jnp.mean(a, axis=-2, keepdims=True)).astype(v.dtype)
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        del rounding
+        return _along_birkhoff(a > slack, b)
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -356,9 +354,9 @@ _POLISHING_STEPS = 3
 _REFINEMENTS = 4
 
 
-def _excess(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By how much the rows and the columns of one matrix sum to more than 1."""
-    return jnp.sum(x, axis=1) - 1, jnp.sum(x, axis=0) - 1
+def _excess(x: jax.Array, total: int = 1) -> tuple[jax.Array, jax.Array]:
+    """By how much the rows and the columns of one matrix sum to more than `total`."""
+    return jnp.sum(x, axis=1) - total, jnp.sum(x, axis=0) - total
 
 
 def _largest(rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -392,12 +390,23 @@ def _potential_solver(active: jax.Array, ridge: jax.typing.ArrayLike = 0) -> Cal
     return solve
 
 
-def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
-    """Maximises the dual of one matrix; returns a matrix that is in the set up to rounding."""
+def _ascend(
+    b: jax.Array, size: jax.Array, free: jax.Array | None = None, total: int = 1
+) -> jax.Array:
+    """Maximises the dual of one matrix; returns a matrix that is in the set up to rounding.
+
+    Args:
+        b: The matrix.
+        size: Its largest magnitude.
+        free: Which entries may be negative.
+        total: What rows and columns sum to.
+    """
     tolerance = 2 * _sum_rounding(b) * (1 + size)
+    free = jnp.zeros(b.shape, bool) if free is None else free
 
     def point(u: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.maximum(b - u[:, None] - v[None, :], 0)
+        x = b - u[:, None] - v[None, :]
+        return jnp.where(free, x, jnp.maximum(x, 0))
 
     def going(state) -> jax.Array:
         _, _, error, before, count = state
@@ -411,8 +420,8 @@ def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
     def step(state):
         u, v, before, _, count = state
         x = point(u, v)
-        rows, columns = _excess(x)
-        active = (x > 0).astype(b.dtype)
+        rows, columns = _excess(x, total)
+        active = (free | (x > 0)).astype(b.dtype)
         solve = _potential_solver(active, 3 * jnp.minimum(before, 1) / (1 + size))
         du, dv = solve(rows, columns)
         sound = rows @ du + columns @ dv > 0  # not where the factorisation failed
@@ -420,15 +429,15 @@ def _ascend(b: jax.Array, size: jax.Array) -> jax.Array:
         dv = jnp.where(sound, dv, columns / (2 * jnp.maximum(jnp.sum(active, 0), 1)))
 
         def slope(t: jax.typing.ArrayLike) -> jax.Array:
-            rows, columns = _excess(point(u + t * du, v + t * dv))
+            rows, columns = _excess(point(u + t * du, v + t * dv), total)
             return rows @ du + columns @ dv
 
         t = _line_search(slope, slope(0))
         u, v = u + t * du, v + t * dv
-        return u, v, _largest(*_excess(point(u, v))), before, count + 1
+        return u, v, _largest(*_excess(point(u, v), total)), before, count + 1
 
     zero = vary_like(jnp.zeros(b.shape[0], b.dtype), b)
-    start = _largest(*_excess(point(zero, zero)))
+    start = _largest(*_excess(point(zero, zero), total))
     u, v, *_ = lax.while_loop(going, step, (zero, zero, start, jnp.full_like(start, jnp.inf), 0))
     return point(u, v)
 
@@ -516,15 +525,35 @@ def _nearest_jvp(primals, tangents):
     x = _nearest(*primals)
     active = ((x > 0) | _in_birkhoff(*primals)).astype(x.dtype)
     active = jnp.where(jnp.isnan(x), x, active)
+    return x, _balanced(tangents[0], active)
+
+
+def _balanced(dx: jax.Array, active: jax.Array) -> jax.Array:
+    """The nearest matrix whose rows and columns sum to 0, and which is 0 where not active."""
+    active = active.astype(dx.dtype)
     solve = _potential_solver(active)
-    dx = active * tangents[0]
+    dx = active * dx
     for _ in range(_REFINEMENTS):
         u, v = solve(jnp.sum(dx, axis=1), jnp.sum(dx, axis=0))
         dx = dx - active * (u[:, None] + v[None, :])
-    return x, dx
+    return dx
 
 
 _nearest_doubly_stochastic = jax.jit(jnp.vectorize(_nearest, signature="(n,n)->(n,n)"))
+
+
+def _along_birkhoff_one(free: jax.Array, b: jax.Array) -> jax.Array:
+    """The nearest matrix with sums of 0 whose entries are nonnegative unless they are free."""
+    largest = jnp.max(jnp.abs(b))
+    exponent = _power_of_two(largest)
+    b = jnp.where(largest < jnp.inf, b * _exp2(-exponent, b.dtype), jnp.nan)
+    b = b - jnp.mean(b, axis=1, keepdims=True)
+    b = b - jnp.mean(b, axis=0, keepdims=True)
+    x = _ascend(b, jnp.max(jnp.abs(b)), free, 0)
+    return _balanced(x, free | (x > 0)) * _exp2(exponent, b.dtype)
+
+
+_along_birkhoff = jax.jit(jnp.vectorize(_along_birkhoff_one, signature="(n,n),(n,n)->(n,n)"))
 
 
 # Kernels with one value a ring.

@@ -83,6 +83,35 @@ class _NormSet(InParts, UnitSet):
         del size
         return 1.0
 
+    sign_preserving = True
+
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
+        """The largest norm."""
+        raise NotImplementedError
+
+    def _along(
+        self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
+    ) -> Parts:
+        # Both sums in one pass. A norm whose square over- or underflows counts as zero.
+        squares = self._over_devices(units.sum(tuple(map(jnp.square, w))))
+        inner = self._over_devices(units.sum(tuple(map(jnp.multiply, w, v))))
+        norm = jnp.sqrt(squares) / self._one(self._size(w, units))
+        known = self.remembers and not isinstance(memory, tuple)
+        bound = self._bound(norm.dtype, memory if known else norm)
+        off = inner / jnp.where((squares > 0) & (squares < jnp.inf), squares, jnp.inf)
+        if not self.smooth:
+            at_bound = norm >= bound * (1 - 2 * rounding) - slack
+            off = jnp.where(at_bound, jnp.maximum(off, 0), 0)
+        # The norm 0 is that of one point.
+        return tuple(jnp.where(bound > 0, d - x * off, 0) for x, d in zip(w, v, strict=True))
+
+    def _over_devices(self, total: jax.Array) -> jax.Array:
+        """The sums of whole units, from those of their parts on the devices of `axis_name`."""
+        if self.axis_name is None:
+            return total
+        self._devices()  # raises where there is no such axis
+        return jax.lax.psum(total, self.axis_name)
+
     @property
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
         """Whether a bound is relative to the norm at init."""
@@ -301,7 +330,10 @@ class MaxNorm(_NormSet):
     convex = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, value(self.max_value, norm.dtype, at_init))
+        return _at_most(norm, self._bound(norm.dtype, at_init))
+
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
+        return value(self.max_value, dtype, at_init)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose norm is the bound, up to rounding; None if it is relative."""
@@ -345,7 +377,10 @@ class MaxRMS(_NormSet):
         return math.sqrt(max(size, 1))
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, value(self.max_value, norm.dtype, at_init))
+        return _at_most(norm, self._bound(norm.dtype, at_init))
+
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
+        return value(self.max_value, dtype, at_init)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose root mean square is the bound, up to rounding; None if relative."""
@@ -423,10 +458,13 @@ class MinMaxNorm(_NormSet):
         return is_number(self.min_value, 0) and is_number(self.rate, 1)
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        low, high = (value(b, norm.dtype, at_init) for b in (self.min_value, self.max_value))
-        scale = _at_most(norm, high) * _at_least(norm, low)
+        low = value(self.min_value, norm.dtype, at_init)
+        scale = _at_most(norm, self._bound(norm.dtype, at_init)) * _at_least(norm, low)
         rate = value(self.rate, norm.dtype)
         return rate * scale + (1 - rate)
+
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
+        return value(self.max_value, dtype, at_init)
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose norm is one of the bounds, up to rounding; None if one is relative."""
@@ -472,8 +510,11 @@ class UnitNorm(_NormSet):
     smooth = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
+        return _exactly(norm, self._bound(norm.dtype, at_init))
+
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         del at_init
-        return _exactly(norm, jnp.ones((), norm.dtype))
+        return jnp.ones((), dtype)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""
@@ -519,13 +560,10 @@ class FixedNorm(_NormSet):
     smooth = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _exactly(norm, value(self.value, norm.dtype, at_init))
+        return _exactly(norm, self._bound(norm.dtype, at_init))
 
-    def tangent(self, w: jax.typing.ArrayLike, v: jax.typing.ArrayLike) -> jax.Array:
-        """The part of a vector that leaves the norms as they are."""
-        # Weights in the set have their norms, whatever multiple of those at init these are.
-        this = self._replace(value="init") if self.remembers else self
-        return super(FixedNorm, this).tangent(w, v)
+    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
+        return value(self.value, dtype, at_init)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """All units but those of zeros."""

@@ -114,6 +114,41 @@ class Monotone(_LineSet):
         target = automatic(lambda w: _sorted(w, axis), sign * wide)
         return (sign * target).astype(w.dtype)
 
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """The vector, sorted where neighbours are equal, by pooling within them.
+
+        Equal are neighbours that differ by less than 4 machine epsilons of the largest entry.
+        """
+        del memory
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        if w.shape[axis] < 2 or not w.size:
+            return v
+        dtype = _numerics.compute_dtype(w.dtype, v.dtype)
+        rounding = 4 * _numerics.eps(w.dtype)
+        sign = 1 if self.increasing else -1
+
+        def tangent(w: jax.Array, v: jax.Array, slack: Any) -> jax.Array:
+            largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+            apart = jnp.diff(w, axis=axis) > rounding * largest + slack
+            runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
+            runs = jnp.concatenate(
+                [jnp.zeros_like(lax.slice_in_dim(runs, 0, 1, axis=axis)), runs], axis=axis
+            )
+            return _sorted(v, axis, runs)
+
+        target = automatic(
+            tangent, sign * w.astype(dtype), sign * v.astype(dtype), jnp.asarray(slack, dtype)
+        )
+        return (sign * target).astype(v.dtype)
+
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal neighbours."""
         axis = self._check(None, w.shape, self._widen(w)[1])
@@ -129,11 +164,16 @@ monotone = Monotone
 
 # Compiled by itself, so that calls outside jit find the program they made before.
 @functools.partial(jax.jit, static_argnums=1)
-def _sorted(w: jax.Array, axis: int) -> jax.Array:
-    """The nearest array that increases along `axis`."""
+def _sorted(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
+    """The nearest array that increases along `axis`; with `runs`, within each of them.
+
+    Those are numbers that increase along `axis`, and are the same in each run.
+    """
     moved = jnp.moveaxis(w, axis, 0)
     n = len(moved)
     x = moved.reshape(n, -1)
+    if runs is not None:
+        runs = jnp.moveaxis(runs, axis, 0).reshape(n, -1)
     # The pool of a block with a NaN is NaN, too, so that a NaN takes over its unit.
     x = jnp.where(jnp.isfinite(x), x, jnp.nan)
     half = 1
@@ -142,15 +182,26 @@ def _sorted(w: jax.Array, axis: int) -> jax.Array:
         # Infinity at the end is in order whatever comes before; a lone block needs no filling.
         fill = 2 * half * blocks - n if blocks > 1 else 0
         x = jnp.pad(x[:n], ((0, fill), (0, 0)), constant_values=jnp.inf)
-        x = _merge(x.reshape(blocks, -1, x.shape[1]), half).reshape(n + fill, -1)
+        own = None
+        if runs is not None:
+            runs = jnp.pad(runs[:n], ((0, fill), (0, 0)), constant_values=n)
+            own = runs.reshape(blocks, -1, x.shape[1])
+        x = _merge(x.reshape(blocks, -1, x.shape[1]), half, own).reshape(n + fill, -1)
         half *= 2
     return jnp.moveaxis(x[:n].reshape(moved.shape), 0, axis)
 
 
-def _merge(x: jax.Array, half: int) -> jax.Array:
+def _merge(x: jax.Array, half: int, runs: jax.Array | None = None) -> jax.Array:
     """Sorts blocks (blocks, entries, units) whose first `half` and whose rest are sorted."""
-    pool = _pool(x, half)
-    return jnp.where(_pooled(x, pool, half), pool, x)
+    if runs is None:
+        pool = _pool(x, half)
+        return jnp.where(_pooled(x, pool, half), pool, x)
+    # Only the run in the middle can be out of order: what is not of it is in order anyway.
+    before, after = runs[:, half - 1 : half], runs[:, half : half + 1]
+    beyond = jnp.where(_is_left(x, half), -jnp.inf, jnp.inf)
+    own = jnp.where(before == after, jnp.where(runs == before, x, beyond), 0)
+    pool = _pool_of_many(own, half)
+    return jnp.where(_pooled(own, pool, half), pool, x)
 
 
 def _is_left(x: jax.Array, half: int) -> jax.Array:

@@ -187,6 +187,27 @@ def _onto_l1_ball_jvp(units, primals, tangents):
     return y, _each(lambda d, s, o: jnp.where(inside, d, s * o), dx, sign, outside)
 
 
+def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array:
+    """The threshold above which `u` sums to 0, with all that is `free` and what is above it.
+
+    Newton's method as in `_shrink`: from a `start` below the root the iterates rise, and are
+    there when no entry leaves the sum.
+    """
+    size = jnp.full_like(start, units.size(u) + 1, jnp.int32)
+
+    def step(state):
+        threshold, active, _ = state
+        inside = _each(lambda u, free: free | (u > threshold), u, free)
+        now = units.count(inside)
+        rest = units.sum(_each(lambda u, i: jnp.where(i, u - threshold, 0), u, inside))
+        rest = rest / jnp.maximum(now, 1).astype(rest.dtype)
+        # A threshold that has settled takes one more step, against rounding.
+        return threshold + jnp.where(now > 0, rest, 0), now, now < active
+
+    more = jnp.ones_like(size, bool)
+    return lax.while_loop(lambda s: jnp.any(s[-1]), step, (start, size, more))[0]
+
+
 class _ThresholdSet(InParts, UnitSet):
     """What simplexes and l1 balls share."""
 
@@ -248,6 +269,14 @@ class Simplex(_ThresholdSet):
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
         return _onto_simplex(terms, value(self.total, dtype), units)
 
+    def _along(
+        self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
+    ) -> Parts:
+        # Entries that are zero may only grow, and what the others lose they gain.
+        free = _each(lambda w: w > slack, w)
+        level = _on_face(v, free, units.sum(v) / units.size(v), units)
+        return _each(lambda d, f: jnp.where(f, d - level, jnp.maximum(d - level, 0)), v, free)
+
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with an entry of 0."""
         wide, axis = self._widen(w)
@@ -291,8 +320,28 @@ class L1Ball(_ThresholdSet):
     radius: Number = number(1.0, low=0)
     axis: Axis = 0
 
+    sign_preserving: ClassVar[bool] = True
+
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
         return _onto_l1_ball(terms, value(self.radius, dtype), units)
+
+    def _along(
+        self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
+    ) -> Parts:
+        total = units.sum(_each(jnp.abs, w))
+        at_bound = total >= value(self.radius, total.dtype) * (1 - 2 * rounding) - slack
+        # Of an entry that is zero any move is one away from it.
+        sign = _each(lambda w, d: jnp.sign(jnp.where(jnp.abs(w) > slack, w, d)), w, v)
+        free = _each(lambda w: jnp.abs(w) > slack, w)
+        growth = _each(jnp.multiply, sign, v)
+        outwards = at_bound & (units.sum(growth) > 0)
+        level = _on_face(growth, free, jnp.zeros_like(total), units)
+
+        def along(d: jax.Array, s: jax.Array, g: jax.Array, f: jax.Array) -> jax.Array:
+            kept = jnp.where(f, g - level, jnp.maximum(g - level, 0))
+            return jnp.where(outwards, s * kept, d)
+
+        return _each(along, v, sign, growth, free)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units whose magnitudes sum to the radius, up to rounding."""
@@ -593,11 +642,30 @@ class HalfSpace(_NormalSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units that lie on the plane, up to rounding."""
+        return self._reaches(w)
+
+    def _reaches(self, w: jax.Array, slack: jax.typing.ArrayLike = 0.0) -> jax.Array:
         wide, axis = self._widen(w)
         normal, point = self._plane(wide)
         above = _above(wide, normal, point, axis)
         near = _is_near(wide, normal, above, axis, 2 * _numerics.eps(w.dtype))
-        return near | (above > 0)
+        return near | (above > -slack)
+
+    def tangent(
+        self,
+        w: jax.typing.ArrayLike,
+        v: jax.typing.ArrayLike,
+        memory: Any = (),
+        *,
+        slack: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """Each unit on the plane without what leads above it; sums are in float32 or wider."""
+        del memory
+        w, v = jnp.asarray(w), jnp.asarray(v)
+        wide, axis = self._widen(v)
+        normal, _ = self._plane(wide)
+        up = jnp.where(self._reaches(w, slack), _above(wide, normal, 0 * normal, axis), 0)
+        return _lower(wide, normal, jnp.maximum(up, 0)).astype(v.dtype)
 
 
 half_space = HalfSpace

@@ -23,7 +23,7 @@ from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
 from optax_constraints._numbers import Number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
-from optax_constraints.sets._common import MatrixSet
+from optax_constraints.sets._common import MatrixSet, positive_part
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -76,6 +76,18 @@ class Orthogonal(MatrixSet):
             return jnp.swapaxes(_orthogonal(jnp.swapaxes(a, -1, -2), scale), -1, -2)
         return _orthogonal(a, scale)
 
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        """``V - W (W^T V + V^T W) / 2``, of a wide matrix its transpose."""
+        del slack, rounding
+        if a.shape[-2] < a.shape[-1]:
+            a, b = jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2)
+            return jnp.swapaxes(self._along(a, b, 0, 0), -1, -2)
+        scale = value(self.scale, a.dtype)
+        q = jnp.where(scale > 0, a / jnp.where(scale > 0, scale, 1), 0)
+        inner = _matmul(jnp.swapaxes(q, -1, -2), b)
+        along = b - _matmul(q, (inner + jnp.swapaxes(inner, -1, -2)) / 2)
+        return jnp.where(scale > 0, along, 0)
+
     def _touches(self, w: jax.Array) -> jax.Array:
         """All matrices but those of zeros."""
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
@@ -125,6 +137,13 @@ class MaxSpectralNorm(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
 
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        bound = value(self.max_value, a.dtype)
+        low = bound * (1 - 2 * (rounding + _tolerance(a))) - slack
+        return lax.cond(
+            jnp.all(_surely_inside(a, low)), lambda a, b, *_: b, _below, a, b, bound, low
+        )
+
     def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose largest singular value is the bound, up to rounding."""
         a, _ = self._matrices(w)
@@ -169,6 +188,10 @@ class NuclearNormBall(MatrixSet):
 
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_threshold, a, value(self.radius, a.dtype)) if a.size else a
+
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        radius = value(self.radius, a.dtype)
+        return _towards_lower_sum(a, b, radius, slack, 2 * (rounding + _tolerance(a)))
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose singular values sum to the bound, up to rounding."""
@@ -234,6 +257,12 @@ class LowRank(MatrixSet):
         if isinstance(self.rank, int) and self.rank >= min(a.shape[-2:]):
             return a
         return _spectral(_truncate, a, value(self.rank, a.dtype)) if a.size else a
+
+    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+        del slack, rounding
+        factors = _svd(a * _down(a))
+        count = lax.broadcasted_iota(a.dtype, factors.s.shape, factors.s.ndim - 1)
+        return b - _beyond(factors, b, count < value(self.rank, a.dtype))
 
 
 low_rank = LowRank
@@ -604,6 +633,55 @@ def _derivative(
     if da.shape[-1] > s.shape[-1]:
         out += _matmul(u, row(ratio) * (left - _matmul(inner, vt)))
     return out
+
+
+# Tangent cones, after G. A. Watson, "Characterization of the subdifferential of some matrix
+# norms", Linear Algebra Appl. 170, 1992.
+
+
+def _below(a: jax.Array, b: jax.Array, bound: jax.Array, low: jax.Array) -> jax.Array:
+    """`b` without what raises singular values that are above `low`: on their vectors."""
+    down = _down(a)
+    u, s, vt = _svd(a * down)
+    high = (s >= low * down[..., 0])[..., None, :]
+    u, v = jnp.where(high, u, 0), jnp.where(high, jnp.swapaxes(vt, -1, -2), 0)
+    inner = _matmul(_matmul(jnp.swapaxes(u, -1, -2), b), v)
+    rise = positive_part((inner + jnp.swapaxes(inner, -1, -2)) / 2)
+    below = b - _matmul(_matmul(u, rise), jnp.swapaxes(v, -1, -2))
+    # The bound 0 is that of one matrix.
+    return jnp.where(bound > 0, below, 0)
+
+
+def _towards_lower_sum(
+    a: jax.Array, b: jax.Array, radius: jax.Array, slack: Any, tolerance: float
+) -> jax.Array:
+    """`b` without what raises the sum of the singular values, where that is `radius`."""
+    down = _down(a)
+    factors = _svd(a * down)
+    s, largest = factors.s, factors.s[..., :1]
+    kept = s > tolerance * largest + slack * down[..., 0]
+    total = jnp.sum(jnp.where(kept, s, 0), axis=-1)[..., None, None]
+    at_bound = total >= (radius * (1 - tolerance) - slack) * down
+    u, vt = jnp.where(kept[..., None, :], factors.u, 0), jnp.where(kept[..., None], factors.vt, 0)
+    polar = _matmul(u, vt)
+    rest = _svd(_beyond(factors, b, kept))
+    # The sum grows by the inner product with the polar factor, and by what is added beyond it.
+    growth = jnp.sum(polar * b, axis=(-2, -1))[..., None] + jnp.cumsum(rest.s, axis=-1)
+    rank = jnp.sum(kept, axis=-1, keepdims=True).astype(a.dtype)
+    count = lax.broadcasted_iota(a.dtype, s.shape, s.ndim - 1) + 1
+    levels = jnp.max(growth / (rank + count), axis=-1, keepdims=True)
+    first = jnp.sum(polar * b, axis=(-2, -1))[..., None] / jnp.maximum(rank, 1)
+    level = jnp.maximum(jnp.where(rank > 0, jnp.maximum(levels, first), levels), 0)
+    lower = b - level[..., None] * polar - _compose(rest, jnp.minimum(rest.s, level))
+    return jnp.where(at_bound, lower, b)
+
+
+def _beyond(factors: _Svd, b: jax.Array, kept: jax.Array) -> jax.Array:
+    """What of `b` has neither rows nor columns in common with the singular vectors kept."""
+    u = jnp.where(kept[..., None, :], factors.u, 0)
+    vt = jnp.where(kept[..., None], factors.vt, 0)
+    b = b - _matmul(u, _matmul(jnp.swapaxes(u, -1, -2), b))
+    return b - _matmul(_matmul(b, jnp.swapaxes(vt, -1, -2)), vt)
 
 
 # The largest singular value.
