@@ -13,7 +13,7 @@ PYTEST := python -m pytest -n 2 --dist worksteal
 QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1
 NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity simplex order \
-	matrix spectral elementwise combinators tangent groups numbers)
+	matrix spectral elementwise combinators tangent cones groups numbers)
 REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
 # What depends on the dtype runs in float64, too.
 FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(NUMBERS))

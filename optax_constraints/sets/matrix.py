@@ -339,7 +339,8 @@ class DoublyStochastic(MatrixSet):
 
     def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         del rounding
-        return _along_birkhoff(a > slack, b)
+        # What the projection makes of a zero can be the rounding of its potentials.
+        return _along_birkhoff(a > slack + 8 * _numerics.eps(a.dtype), b)
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""

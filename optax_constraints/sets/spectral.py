@@ -140,9 +140,8 @@ class MaxSpectralNorm(MatrixSet):
     def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         bound = value(self.max_value, a.dtype)
         low = bound * (1 - 2 * (rounding + _tolerance(a))) - slack
-        return lax.cond(
-            jnp.all(_surely_inside(a, low)), lambda a, b, *_: b, _below, a, b, bound, low
-        )
+        inside = jnp.all(_surely_inside(a, low) & (low > 0))
+        return lax.cond(inside, lambda a, b, *_: b, _below, a, b, bound, low)
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The matrices whose largest singular value is the bound, up to rounding."""
