@@ -205,7 +205,9 @@ def test_at_inside_and_outside_of_a_boundary(name, dtype):
     def kept(distance: float) -> float:
         """The share of the direction outwards that is left so far out."""
         w, v = (jnp.asarray(x, dtype) for x in (point + distance * out, out))
-        return float(jnp.linalg.norm(tangent(w, v).astype(jnp.float32))) / np.linalg.norm(out)
+        return float(jnp.linalg.norm(tangent(w, v).astype(jnp.float32))) / float(
+            np.linalg.norm(out)
+        )
 
     assert kept(0) < 4 * eps
     assert kept(eps) < 4 * eps
@@ -399,7 +401,7 @@ def test_a_convex_set_of_ones_own():
         def __call__(self, w):
             return jnp.maximum(w, 2)
 
-        def tangent(self, w, v):
+        def tangent(self, w, v):  # pyright: ignore[reportIncompatibleMethodOverride]
             return jnp.where(w > 2, v, jnp.maximum(v, 0))
 
     w, g = jnp.array([2.0, 3.0]), jnp.array([1.0, 1.0])

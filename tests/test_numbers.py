@@ -867,3 +867,36 @@ def test_substitution_gives_the_same_value():
         substituted = _expressions.substitute(text, known)
         assert _expressions.names_in(substituted) == {"init"}
         assert _expressions.evaluate("", substituted, {"init": 0.75}) == want
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda n: "-" * n + "size",
+        lambda n: "size" + " + 1" * n,
+        lambda n: "1 - (" * n + "size" + ")" * n,
+        lambda n: "sqrt(" * n + "size" + ")" * n,
+    ],
+    ids=["signs", "left", "right", "roots"],
+)
+def test_text_has_at_most_200_characters_and_20_levels(nest):
+    assert isinstance(oc.max_norm(nest(20)).max_value, str)
+    with pytest.raises(ValueError, match="nested deeper than 20 levels"):
+        oc.max_norm(nest(21))
+    assert isinstance(oc.max_norm("size" + " " * 196).max_value, str)
+    with pytest.raises(ValueError, match="longer than 200 characters"):
+        oc.max_norm("size" + " " * 197)
+
+
+def test_roots_of_norms_at_init():
+    params = {"w": jnp.array([0.0, 9.0])}
+    rules = oc.max_norm("sqrt(init)")
+    np.testing.assert_allclose(oc.constrain(params, rules)["w"], [0, 3], rtol=1e-6)
+
+
+def test_only_the_number_itself_makes_a_set_convex():
+    assert oc.min_max_norm(0, 1).convex
+    assert not oc.min_max_norm(0.5, 1).convex
+    assert not oc.min_max_norm(lambda step: 0.0, 1).convex
+    assert oc.soft(oc.max_norm(1.0), 1).convex
+    assert not oc.soft(oc.max_norm(1.0), 0.5).convex

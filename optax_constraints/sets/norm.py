@@ -97,7 +97,8 @@ class _NormSet(InParts, UnitSet):
         inner = self._over_devices(units.sum(tuple(map(jnp.multiply, w, v))))
         norm = jnp.sqrt(squares) / self._one(self._size(w, units))
         known = self.remembers and not isinstance(memory, tuple)
-        bound = self._bound(norm.dtype, memory if known else norm)
+        at_init: Any = memory if known else norm
+        bound = self._bound(norm.dtype, at_init)
         off = inner / jnp.where((squares > 0) & (squares < jnp.inf), squares, jnp.inf)
         if not self.smooth:
             at_bound = norm >= bound * (1 - 2 * rounding) - slack

@@ -649,7 +649,7 @@ class HalfSpace(_NormalSet):
         normal, point = self._plane(wide)
         above = _above(wide, normal, point, axis)
         near = _is_near(wide, normal, above, axis, 2 * _numerics.eps(w.dtype))
-        return near | (above > -slack)
+        return near | (above + slack > 0)
 
     def tangent(
         self,
