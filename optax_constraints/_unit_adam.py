@@ -79,13 +79,13 @@ def scale_by_unit_adam(
     axis = check_axis(_NAME, axis)
 
     def init(params: Any) -> ScaleByUnitAdamState:
-        leaves, treedef = jax.tree.flatten(params)
-        paths = [path for path, _ in leaves_by_path(params)]
-        nu = [
-            _second_moment(leaf, _unit_axes(axis, jnp.shape(leaf), path, layout_of(layout, path)))
-            for path, leaf in zip(paths, leaves, strict=True)
-        ]
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        zeros, treedef = jax.tree.flatten(mu)
+        nu = []
+        for (path, leaf), zero in zip(leaves_by_path(params), zeros, strict=True):
+            axes = _unit_axes(axis, zero.shape, path, layout_of(layout, path))
+            # A sum, so that it is sharded as the units are.
+            nu.append(sum_of_squares(jnp.real(zero).astype(_dtype_of_squares(leaf)), axes))
         return ScaleByUnitAdamState(jnp.zeros((), jnp.int32), mu, treedef.unflatten(nu))
 
     def update(
@@ -136,14 +136,8 @@ def _unit_axes(
         raise
 
 
-def _second_moment(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
-    """Zeros for the units of a leaf, which may be abstract, sharded as they are."""
-
-    def sums(leaf: Any) -> jax.Array:
-        real = jnp.real(leaf)
-        return sum_of_squares(real.astype(compute_dtype(real.dtype)), axes)
-
-    return jnp.zeros_like(jax.eval_shape(sums, leaf))
+def _dtype_of_squares(leaf: Any) -> jnp.dtype:
+    return compute_dtype(jnp.real(jnp.zeros((), jnp.result_type(leaf))).dtype)
 
 
 def _squared_norms(g: jax.Array, nu: jax.Array) -> jax.Array:

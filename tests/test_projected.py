@@ -170,8 +170,10 @@ WRAPPED = {
     "MultiSteps": optax.MultiSteps(ADAM, 2),
     "inject_hyperparams": optax.inject_hyperparams(optax.adam)(0.1),
     "apply_if_finite": optax.apply_if_finite(ADAM, 3),
-    "conditionally_mask": optax.conditionally_mask(ADAM, lambda step: step % 2 == 0),
-    "conditionally_transform": optax.conditionally_transform(ADAM, lambda step: step < 9),
+    "conditionally_mask": optax.conditionally_mask(ADAM, lambda step: jnp.asarray(step) % 2 == 0),
+    "conditionally_transform": optax.conditionally_transform(
+        ADAM, lambda step: jnp.asarray(step) < 9
+    ),
     "mechanize": contrib.mechanize(ADAM, s_init=0.5),
     "nested": optax.MultiSteps(
         optax.inject_hyperparams(
@@ -188,6 +190,7 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_through_wrappers(name):
     w, state = last(train(oc.projected(WRAPPED[name], RULES), PARAMS, pull, 4))
+    np.testing.assert_allclose(jnp.linalg.norm(w["kernel"], axis=0), 1, rtol=1e-6)
     assert radial(w["kernel"], optax.tree.get(state, "mu")["kernel"]) < 1e-6
 
 
@@ -215,7 +218,7 @@ def test_inside_of_wrappers():
 def test_what_multi_steps_collects_is_no_moment():
     state = optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2).init(PARAMS)
     state = jax.tree.map(jnp.ones_like, state)
-    new = map_first_moments(lambda own: [2 * x for x in own], state, PARAMS)
+    new = map_first_moments(lambda own: [2 * jnp.asarray(x) for x in own], state, PARAMS)
     assert jax.tree.map(bits, new.acc_grads) == jax.tree.map(bits, state.acc_grads)
     np.testing.assert_array_equal(optax.tree.get(new, "trace")["kernel"], 2)
 
@@ -228,7 +231,7 @@ def test_leaves_without_an_update():
     assert updates["b"] is None
     trace = optax.tree.get(state, "trace")
     assert trace["b"] is None
-    assert radial(params["a"] + updates["a"], trace["a"]) < 1e-6
+    assert radial(params["a"] + jnp.asarray(updates["a"]), trace["a"]) < 1e-6
 
 
 def test_it_is_compiled_once():
@@ -305,7 +308,7 @@ def test_a_schedule_is_that_of_this_projection():
     for step in range(3):
         _, without = chain.update(pull(w), state, w)
         updates, state = tx.update(pull(w), state, w)
-        w = w + updates
+        w = w + jnp.asarray(updates)
         np.testing.assert_allclose(jnp.linalg.norm(w, axis=0), 10.0**step, rtol=1e-5)
         want = on_sphere(float64(w), float64(optax.tree.get(without, "trace")))
         np.testing.assert_allclose(optax.tree.get(state, "trace"), want, atol=1e-5)
@@ -326,7 +329,7 @@ def test_extra_arguments_reach_the_optimizer_and_the_set():
         tx = oc.projected(wrap(optax.GradientTransformationExtraArgs(init, update)), rules)
         w = PARAMS["kernel"]
         updates, state = tx.update(pull(w), tx.init(w), w, value=0.1, size=3.0)
-        w = w + updates
+        w = w + jnp.asarray(updates)
         np.testing.assert_allclose(jnp.linalg.norm(w, axis=0), 3.0, rtol=1e-5)
         assert radial(w, optax.tree.get(state, "trace")) < 1e-6
 
@@ -386,6 +389,15 @@ def test_fields_of_an_optimizer_of_ones_own():
     tx = oc.projected(optax.chain(heavy_ball(0.1), ADAM), RULES, transport=["velocity"])
     w, state = last(train(tx, PARAMS, pull, 2))
     assert radial(w["kernel"], optax.tree.get(state, "mu")["kernel"]) > 1e-2
+
+
+def test_what_has_another_shape_or_dtype_stays():
+    state = Velocity(jnp.ones((5, 1)), None), optax.TraceState(jnp.ones((5, 1)))
+    state += (optax.TraceState(jnp.ones((5, 3), int)), optax.TraceState(jnp.ones((5, 3))))
+    new = map_first_moments(lambda own: [x and 0 for x in own], state[:-1], jnp.ones((5, 3)))
+    assert jax.tree.map(bits, new) == jax.tree.map(bits, state[:-1])
+    (new,) = map_first_moments(lambda own: [0 * own[0]], state[-1:], jnp.ones((5, 3)))
+    np.testing.assert_array_equal(new.trace, 0)
 
 
 class Pair(NamedTuple):
@@ -513,8 +525,7 @@ def test_moments_of_other_parameters_stay(optimizer):
     else:
         tx = optax.lookahead(ADAM, 2, 0.5)
         params = optax.LookaheadParams(params, params)
-    state = tx.init(params)
-    assert map_first_moments(lambda own: [None] * len(own), state, params) is not state
+    state = jax.tree.map(jnp.ones_like, tx.init(params))
     same = map_first_moments(lambda own: [x if x is None else 2 * x for x in own], state, params)
     assert jax.tree.map(bits, same) == jax.tree.map(bits, state)
 

@@ -230,10 +230,11 @@ def test_on_a_mesh_with_explicit_axes():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
     w = jax.device_put(array(4, 3), NamedSharding(mesh, PartitionSpec(None, "x")))
     tx = oc.scale_by_unit_adam()
-    updates, state = jax.jit(tx.update)(w, tx.init(w))
+    start = tx.init(w)
+    updates, state = jax.jit(tx.update)(w, start)
     np.testing.assert_allclose(np.linalg.norm(updates, axis=0), 1, rtol=1e-5)
     want: Any = jax.typeof(w).sharding
-    for own in (updates, state.nu):
+    for own in (updates, start.nu, state.nu):
         found: Any = jax.typeof(own).sharding
         assert found.spec == want.spec
 
