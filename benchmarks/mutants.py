@@ -76,6 +76,9 @@ TESTS = {
         "test_wrappers.py",
     ],
     "_tangent": ["test_tangent.py", "test_args.py -k tangent", "test_groups.py -k tangent"],
+    "_projected": ["test_projected.py"],
+    "_moments": ["test_projected.py"],
+    "_unit_adam": ["test_unit_adam.py"],
     "_numerics": [f"test_numerics.py -k {NORMS} or test_norm"],
     "sets.norm": [
         "test_memory.py",

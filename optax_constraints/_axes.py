@@ -29,6 +29,14 @@ class LeafLayout(NamedTuple):
 Layout: TypeAlias = Mapping[str, LeafLayout]
 
 
+def layout_of(layout: Layout | None, path: str) -> LeafLayout | None:
+    """What a layout says of the leaf at a path."""
+    if layout is None:
+        return None
+    # Linen's `init` returns the parameters under this key.
+    return layout.get(path) or layout.get(path.removeprefix("params/"))
+
+
 _ATTENTION_IN = ("query", "key", "value")
 
 _warn_once = functools.cache(warn)

@@ -30,6 +30,7 @@ PRIVATE = (
             "_numbers.py",
             "_numerics.py",
             "_project.py",
+            "_projected.py",
             "_report.py",
             "flax/_static.py",
             "sets/elementwise.py",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_constraints._axes import Layout, LeafLayout
+from optax_constraints._axes import Layout, LeafLayout, layout_of
 from optax_constraints._constraint import Constraint, axis_names, has_args, is_own
 from optax_constraints._groups import joined, spread
 from optax_constraints._patterns import (
@@ -129,10 +129,7 @@ class Binder:
         return Bindings([bound[place] for place in sorted(bound)])
 
     def _leaf_layout(self, path: str) -> LeafLayout | None:
-        if self._layout is None:
-            return None
-        # Linen's `init` returns the parameters under this key.
-        return self._layout.get(path) or self._layout.get(path.removeprefix("params/"))
+        return layout_of(self._layout, path)
 
     def _check_without_layout(self) -> None:
         for rule in self._rules:

@@ -30,6 +30,7 @@ PAGE = (TESTS.parent / "docs" / "composition.md").read_text()
 # By row: its result, and the test that shows it, here or in another file.
 ROWS = {
     "`chain(optimizer, project)`": ("holds", "test_last"),
+    "`projected(optimizer, rules)`": ("holds", "test_projected.test_through_wrappers"),
     "`chain(project, optimizer)`": ("does not hold", "test_first"),
     "`chain(optimizer, project, scale)`": ("does not hold", "test_followed"),
     "`add_decayed_weights` before `project`": ("holds", "test_decay_before"),
