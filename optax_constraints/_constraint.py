@@ -74,6 +74,11 @@ class Constraint:
     """Whether the set is a smooth one, such as a sphere or a plane: the derivative of the
     projection at a point of the set is then the orthogonal projection onto its tangent space."""
 
+    loses_steps: ClassVar[bool] = False
+    """Whether allowed weights lie apart, so that after a small update of all of them the
+    projection leads back to where they were. `project` warns of such a set at init, and
+    `straight_through` trains with it."""
+
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
 

@@ -422,6 +422,11 @@ class Grid(_Elementwise):
 
     convex = False
 
+    @property
+    def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there are gaps between values."""
+        return len(self.values) > 1
+
     def __post_init__(self):
         array = _array("Grid", "values", self.values)
         if isinstance(array, Tracer):
