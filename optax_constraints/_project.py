@@ -139,12 +139,18 @@ def warn_of_lost_steps(bound: Bindings, every: int = 1) -> None:
     if losing:
         more = f" and {len(losing) - 1} more" if len(losing) > 1 else ""
         warn(
-            f"{losing[0].constraint} on {losing[0].path!r}{more}: updates {together}shorter than "
-            "half a gap between values are lost, since the projection leads back to where the "
-            "weights were. Let the optimizer train these leaves free, take the loss at "
+            f"{_cut(losing[0].constraint)} on {losing[0].path!r}{more}: updates {together}shorter "
+            "than half a gap between values are lost, since the projection leads back to where "
+            "the weights were. Let the optimizer train these leaves free, take the loss at "
             "straight_through(params, rules), and write constrain(params, rules) for the weights "
             "to deploy."
         )
+
+
+def _cut(constraint: Constraint) -> str:
+    """How a warning names a set that may have many values."""
+    text = str(constraint)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
@@ -259,9 +265,9 @@ def _warn_of_one_value(bound: Bindings, params: Any, new: Any) -> None:
         (low, high), (least, most) = jax.device_get(_ranges(both))
         if least == most and low != high:
             warn(
-                f"constrain: {leaf.constraint} makes every entry of {leaf.path!r} {least:g}, and "
-                f"they were from {low:.3g} to {high:.3g}. Scale the values to the weights, such "
-                "as grid([-s, 0, s]) with s of the size of most of them."
+                f"constrain: {_cut(leaf.constraint)} makes every entry of {leaf.path!r} {least:g}, "
+                f"and they were from {low:.3g} to {high:.3g}. Scale the values to the weights, "
+                "such as grid([-s, 0, s]) with s of the size of most of them."
             )
 
 

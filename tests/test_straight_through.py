@@ -9,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, DTYPES, Case, bits, float64
+from flax import nnx
 
 import optax_constraints as oc
+from optax_constraints.flax import linen
+from optax_constraints.flax import nnx as oc_nnx
 
 WIDEST = DTYPES[0]
 TERNARY = oc.grid([-1, 0, 1])
@@ -319,10 +322,23 @@ def test_project_says_at_init_that_steps_are_lost():
         jax.jit(tx.init)(PARAMS)
 
 
+def test_what_flax_projects_after_applying_is_warned_of_too():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with lost("'kernel': updates shorter") as caught:
+        oc_nnx.Optimizer(model, optax.sgd(0.1), rules={"kernel": TERNARY})
+    with lost("'b': updates shorter") as others:
+        linen.TrainState.create(
+            apply_fn=abs, params=PARAMS, tx=optax.sgd(0.1), rules={"b": TERNARY}
+        )
+    assert {w.filename for w in (*caught, *others)} == {__file__}
+
+
 def test_one_warning_names_the_first_leaf_and_counts_the_others():
     with pytest.warns(UserWarning, match=r"on 'a/bias' and 2 more: updates shorter") as caught:
         oc.project(TERNARY).init(PARAMS)
     assert len(caught) == 1
+    with lost(r"Grid\(0, 1, 2, 3, .{40}\.\.\. on 'b': updates shorter"):
+        oc.project({"b": oc.grid(range(100))}).init(PARAMS)
     with lost(r"'a/bias': updates of 3 steps together that are shorter"):
         oc.project({"bias": TERNARY}, every=3).init(PARAMS)
 
