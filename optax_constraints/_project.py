@@ -135,11 +135,13 @@ def project(
 def warn_of_lost_steps(bound: Bindings, every: int = 1) -> None:
     """Warns of sets whose projection undoes small updates."""
     together = f"of {every} steps together that are " if every > 1 else ""
-    losing = [b for b in bound if b.constraint is not None and b.constraint.loses_steps]
+    found = ((leaf.path, leaf.constraint) for leaf in bound if leaf.constraint is not None)
+    losing = [(path, constraint) for path, constraint in found if constraint.loses_steps]
     if losing:
+        path, constraint = losing[0]
         more = f" and {len(losing) - 1} more" if len(losing) > 1 else ""
         warn(
-            f"{_cut(losing[0].constraint)} on {losing[0].path!r}{more}: updates {together}shorter "
+            f"{_cut(constraint)} on {path!r}{more}: updates {together}shorter "
             "than half a gap between values are lost, since the projection leads back to where "
             "the weights were. Let the optimizer train these leaves free, take the loss at "
             "straight_through(params, rules), and write constrain(params, rules) for the weights "
