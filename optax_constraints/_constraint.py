@@ -77,6 +77,11 @@ class Constraint:
     sign_preserving: ClassVar[bool] = False
     """Whether the projection takes no entry across zero, nor away from it."""
 
+    loses_steps: ClassVar[bool] = False
+    """Whether allowed weights lie apart, so that after a small update of all of them the
+    projection leads back to where they were. `project` warns of such a set at init, and
+    `straight_through` trains with it."""
+
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
 

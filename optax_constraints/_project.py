@@ -1,23 +1,26 @@
 """The verbs that compute: `project`, `constrain`, `violations`."""
 
+import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
-from optax_constraints._numerics import in_turn
+from optax_constraints._numerics import in_turn, is_readable
 from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
+from optax_constraints._text import warn
 from optax_constraints._trees import check_arrays
-from optax_constraints._walk import Visit, like_before, memory_in
+from optax_constraints._walk import Bindings, Visit, like_before, memory_in
 
 
 class ProjectState(NamedTuple):
@@ -80,7 +83,9 @@ def project(
     bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
-        return ProjectState(jnp.zeros((), jnp.int32), bind.start(params))
+        memory = bind.start(params)
+        warn_of_lost_steps(bind(params), every)
+        return ProjectState(jnp.zeros((), jnp.int32), memory)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -125,6 +130,29 @@ def project(
         return new, state._replace(updates_seen=seen, memory=like_before(state.memory, kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def warn_of_lost_steps(bound: Bindings, every: int = 1) -> None:
+    """Warns of sets whose projection undoes small updates."""
+    together = f"of {every} steps together that are " if every > 1 else ""
+    found = ((leaf.path, leaf.constraint) for leaf in bound if leaf.constraint is not None)
+    losing = [(path, constraint) for path, constraint in found if constraint.loses_steps]
+    if losing:
+        path, constraint = losing[0]
+        more = f" and {len(losing) - 1} more" if len(losing) > 1 else ""
+        warn(
+            f"{_cut(constraint)} on {path!r}{more}: updates {together}shorter "
+            "than half a gap between values are lost, since the projection leads back to where "
+            "the weights were. Let the optimizer train these leaves free, take the loss at "
+            "straight_through(params, rules), and write constrain(params, rules) for the weights "
+            "to deploy."
+        )
+
+
+def _cut(constraint: Constraint) -> str:
+    """How a warning names a set that may have many values."""
+    text = str(constraint)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
@@ -191,10 +219,24 @@ def constrain(
         >>> oc.constrain({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
         {'bias': Array([0., 2.], dtype=float32)}
     """
+    bind, memory = bound_now(params, rules, state, layout, strict)
+    new, _ = constrain_bound(params, bind, memory, step=step, extra=extra)
+    _warn_of_one_value(bind(params), params, new)
+    return new
+
+
+def bound_now(
+    params: Any, rules: Rules, state: Any, layout: Layout | None, strict: bool
+) -> tuple[Binder, Any]:
+    """Rules for a verb that projects now, and what constraints remember."""
     check_arrays(params)
     bind = Binder(rules, layout=layout, strict=strict)
-    memory = bind.start(params) if state is None else memory_in(state)
-    return constrain_bound(params, bind, memory, step=step, extra=extra)[0]
+    return bind, bind.start(params) if state is None else memory_in(state)
+
+
+def advance(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
+    """What `constrain` puts in the place of weights, and what to remember."""
+    return constraint.advance(weights, memory)
 
 
 def constrain_bound(
@@ -204,15 +246,44 @@ def constrain_bound(
     *,
     step: jax.typing.ArrayLike,
     extra: Mapping[str, Any] | None,
+    function: Callable[..., tuple[Any, Any]] = advance,
 ) -> tuple[Any, Any]:
     """`constrain` with rules that may remember this tree, and with what constraints remember."""
     bound = bind(params)
-    new, kept = bound.map(_advance, params, bound.recall(memory), step=step, extra=extra)
+    new, kept = bound.map(function, params, bound.recall(memory), step=step, extra=extra)
     return new, like_before(memory, kept)
 
 
-def _advance(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
-    return constraint.advance(weights, memory)
+def _warn_of_one_value(bound: Bindings, params: Any, new: Any) -> None:
+    """Warns, where numbers can be read, of weights that a grid makes all the same."""
+    before, after = jax.tree.leaves(params), jax.tree.leaves(new)
+    for leaf in bound:
+        if leaf.constraint is None or not leaf.constraint.loses_steps:
+            continue
+        both = [[leaves[place] for place in leaf.places] for leaves in (before, after)]
+        sizes = [np.size(part) for part in both[0]]
+        if sum(sizes) < 2 or not all(sizes) or not all(map(is_readable, both[0] + both[1])):
+            continue
+        (low, high), (least, most) = jax.device_get(_ranges(both))
+        if least == most and low != high:
+            warn(
+                f"constrain: {_cut(leaf.constraint)} makes every entry of {leaf.path!r} {least:g}, "
+                f"and they were from {low:.3g} to {high:.3g}. Scale the values to the weights, "
+                "such as grid([-s, 0, s]) with s of the size of most of them."
+            )
+
+
+@jax.jit
+def _ranges(both: Any) -> Any:
+    """The least and the greatest entry, in float32 or wider, of each list of arrays."""
+    dtype = _numerics.compute_dtype(*(part.dtype for part in jax.tree.leaves(both)))
+
+    def ends(parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        wide = [part.astype(dtype) for part in parts]
+        least = functools.reduce(jnp.minimum, map(jnp.min, wide))
+        return least, functools.reduce(jnp.maximum, map(jnp.max, wide))
+
+    return [ends(parts) for parts in both]
 
 
 def visits(

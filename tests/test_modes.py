@@ -64,10 +64,16 @@ def uses(case: Case) -> dict[str, Callable[[Any, Any], Any]]:
     def update(w, u):
         return tx.update({"w": u}, tx.init({"w": w}), {"w": w})[0]["w"]
 
+    def through(w, u, decay):
+        free = jax.vjp(lambda w: oc.straight_through({"w": w}, rules, decay=decay)["w"], w)
+        return free[0], free[1](u)[0]
+
     return {
         "call": lambda w, u: constraint(w),
         "update": update,
         "constrain": lambda w, u: oc.constrain({"w": w}, rules)["w"],
+        "straight_through": lambda w, u: through(w, u, 0),
+        "straight_through with decay": lambda w, u: through(w, u, 0.5),
         "violations": lambda w, u: oc.violations({"w": w}, rules, state=tx.init({"w": w})),
         "on_bound": lambda w, u: constraint.on_bound(w),
         "jvp": lambda w, u: jax.jvp(constraint, (w,), (u,))[1],

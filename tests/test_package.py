@@ -82,7 +82,7 @@ def test_the_public_names():
     }
     sets = {name for cls in SETS for name in (cls.__name__, _config.snake_case(cls.__name__))}
     verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible"}
-    verbs |= {"projected", "scale_by_unit_adam", "ScaleByUnitAdamState"}
+    verbs |= {"projected", "scale_by_unit_adam", "ScaleByUnitAdamState", "straight_through"}
     verbs |= {"ProjectState", "TangentState", "Report", "Constraint"}
     identifiers = {"get", "serialize", "deserialize", "register"}
     rules = {"arg", "joint", "across", "of_layer", "rules_from_tree"}

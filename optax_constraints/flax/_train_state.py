@@ -11,7 +11,7 @@ from flax.training import train_state
 
 from optax_constraints._axes import LeafLayout
 from optax_constraints._patterns import Rules
-from optax_constraints._project import constrain_bound
+from optax_constraints._project import constrain_bound, warn_of_lost_steps
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder
 
 
@@ -112,6 +112,7 @@ class TrainState(train_state.TrainState):
         bind = binder(*held)
         inner, _ = _parameters(params)
         memory = bind.start(inner)
+        warn_of_lost_steps(bind(inner))
         if not any(bound.needs_args for bound in bind(inner)):
             jax.eval_shape(lambda p: constrain_bound(p, bind, memory, step=0, extra=None), inner)
         return super().create(

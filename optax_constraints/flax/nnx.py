@@ -39,7 +39,7 @@ from flax.nnx.training.optimizer import to_opt_state
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
-from optax_constraints._project import constrain_bound
+from optax_constraints._project import constrain_bound, warn_of_lost_steps
 from optax_constraints._rules import Binder
 from optax_constraints._text import describe, shown
 from optax_constraints._trees import leaves_by_path
@@ -559,6 +559,7 @@ class Optimizer(nnx.Optimizer):
         self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
         bind = self._bind()
         memory = bind.start(params)  # raises if the rules do not fit
+        warn_of_lost_steps(bind(params))
         if any(bound.needs_args for bound in bind(params)):
             self.tx = optax.with_extra_args_support(self.tx)
         self.memory = nnx.data(to_opt_state(memory))

@@ -63,6 +63,11 @@ class Around(Constraint):
         return self.constraint.has_tangent
 
     @property
+    def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does."""
+        return self.constraint.loses_steps
+
+    @property
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the constraint inside does."""
         return self.constraint.remembers
@@ -223,6 +228,11 @@ class Soft(Around):
     def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the constraint inside is, and each step goes all the way."""
         return self.constraint.convex and is_number(self.rate, 1)
+
+    @property
+    def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does, and each step goes all the way back."""
+        return self.constraint.loses_steps and is_number(self.rate, 1)
 
     elementwise = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     smooth = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
@@ -489,6 +499,11 @@ class Several(Constraint):
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether one of the constraints does."""
         return any(c.remembers for c in self.constraints)
+
+    @property
+    def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the constraints does."""
+        return any(c.loses_steps for c in self.constraints)
 
     def at(self, step: jax.typing.ArrayLike) -> Constraint:
         """This constraint with each schedule inside replaced by its value."""

@@ -448,6 +448,10 @@ class Grid(_Elementwise):
     two above the largest: so their differences are exact, and an update leads from one to
     another to the bit. Binary, ternary and fixed-point values are such multiples.
 
+    Small steps are lost: an update shorter than half a gap between values leads back to where it
+    came from, and `project` warns of that. Let the optimizer train free weights, with the loss at
+    `straight_through`, as in the second example.
+
     Args:
         values: The values, at least one.
 
@@ -461,11 +465,24 @@ class Grid(_Elementwise):
         >>> import optax_constraints as oc
         >>> oc.grid([-1, 0, 1])(jnp.array([-0.7, 0.2, 0.5, 9.0]))
         Array([-1.,  0.,  0.,  1.], dtype=float32)
+        >>> import jax
+        >>> def loss(w):
+        ...     return jnp.sum((oc.straight_through(w, oc.grid([-1, 0, 1])) - target) ** 2)
+        >>> w, target = jnp.array([-0.2, 0.3, 0.4]), jnp.array([1.0, 0.0, -1.0])
+        >>> for _ in range(10):
+        ...     w = w - 0.1 * jax.grad(loss)(w)
+        >>> oc.constrain(w, oc.grid([-1, 0, 1]))
+        Array([ 1.,  0., -1.], dtype=float32)
     """
 
     values: tuple[float, ...]
 
     convex = False
+
+    @property
+    def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there are gaps between values."""
+        return len(self.values) > 1
 
     def __post_init__(self):
         array = _array("Grid", "values", self.values)

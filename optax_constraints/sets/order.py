@@ -288,6 +288,9 @@ class TopK(InParts, UnitSet):
     The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
     that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
 
+    At zeros small steps are lost: what is not among the largest starts from zero again. With
+    `straight_through` the steps of dropped entries add up in free weights, until they come back.
+
     Args:
         k: How many entries to keep. An integer of at least 0 is a count, and a float in (0, 1]
             a fraction of the unit's size, to the nearest whole number and at least 1. Its type
@@ -305,6 +308,11 @@ class TopK(InParts, UnitSet):
         >>> import optax_constraints as oc
         >>> oc.top_k(2)(jnp.array([1.0, -3.0, 2.0, 0.5]))
         Array([ 0., -3.,  2.,  0.], dtype=float32)
+        >>> import jax
+        >>> def loss(w):
+        ...     return jnp.sum(oc.straight_through(w, oc.top_k(1)))
+        >>> jax.grad(loss)(jnp.array([3.0, -2.0]))  # also of what is dropped
+        Array([1., 1.], dtype=float32)
     """
 
     k: Number = number(low=0, high=2**31 - 1, whole=True)
@@ -476,6 +484,10 @@ class NM(_LineSet):
     A. Mishra et al., "Accelerating sparse deep neural networks", 2021, describe 2:4 sparsity,
     which some accelerators multiply at twice the speed.
 
+    At zeros small steps are lost, as in `TopK`. `straight_through` with a `decay` is the SR-STE of
+    A. Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
+    ICLR 2021: dropped entries are trained, and pulled towards zero.
+
     Args:
         n: How many entries to keep of each group: an integer from 1 to `m`, a JAX scalar or a
             schedule.
@@ -492,6 +504,11 @@ class NM(_LineSet):
         >>> import optax_constraints as oc
         >>> oc.nm(2, 4)(jnp.array([1.0, -3.0, 2.0, 0.5, 0.1, 0.0, 0.0, 0.2]))
         Array([ 0. , -3. ,  2. ,  0. ,  0.1,  0. ,  0. ,  0.2], dtype=float32)
+        >>> import jax
+        >>> def loss(w):
+        ...     return jnp.sum(oc.straight_through(w, oc.nm(1, 2), decay=0.25))
+        >>> jax.grad(loss)(jnp.array([3.0, -2.0]))
+        Array([1. , 0.5], dtype=float32)
     """
 
     n: Number = number(2, low=1, whole=True)

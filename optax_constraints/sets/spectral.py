@@ -215,6 +215,10 @@ class LowRank(MatrixSet):
     One singular value decomposition on every call. C. Eckart and G. Young, "The approximation
     of one matrix by another of lower rank", Psychometrika 1, 1936.
 
+    Small steps in other directions are lost: a singular value that is dropped starts from zero
+    again. With `straight_through` such steps add up in free weights, until they are among the
+    largest.
+
     Args:
         rank: The number of singular values to keep: an integer of at least 0, a JAX scalar of an
             integer dtype, or a schedule of those.
@@ -230,6 +234,12 @@ class LowRank(MatrixSet):
         >>> oc.low_rank(1)(jnp.array([[3.0, 0.0], [0.0, 2.0]]))
         Array([[3., 0.],
                [0., 0.]], dtype=float32)
+        >>> import jax
+        >>> def loss(w):
+        ...     return jnp.trace(oc.straight_through(w, oc.low_rank(1)))
+        >>> jax.grad(loss)(jnp.diag(jnp.array([3.0, 2.0])))
+        Array([[1., 0.],
+               [0., 1.]], dtype=float32)
     """
 
     smooth = True
