@@ -209,6 +209,7 @@ def _measured(
     Returns:
         The statistics.
     """
+    without, weights = (jax.tree.map(_stored, tree) for tree in (without, weights))
     at_bound = constraint.on_bound(weights)
     new = LeafStats(
         _norm(update),
@@ -218,6 +219,14 @@ def _measured(
         jnp.int32(-1) if at_bound is None else jnp.sum(at_bound, dtype=jnp.int32),
     )
     return jax.tree.map(lambda x, z: x.astype(z.dtype), new, like)
+
+
+def _stored(w: jax.Array) -> jax.Array:
+    """Weights as their dtype holds them, where XLA would leave out the rounding of a sum."""
+    dtype, held = compute_dtype(w.dtype), jnp.finfo(w.dtype)
+    if dtype == w.dtype:
+        return w
+    return jax.lax.reduce_precision(w.astype(dtype), held.nexp, held.nmant).astype(w.dtype)
 
 
 def _minus(a: jax.Array, b: jax.Array) -> jax.Array:
