@@ -34,6 +34,9 @@ HAND = "Keras' formula by hand"
 HAND_PARENTHESES = "the same, in parentheses"
 CONSTRAIN = "constrain, max_norm"
 CHAIN = "chain, max_norm"
+STATS = "chain, max_norm, stats"
+NON_NEG = "chain, non_neg"
+NON_NEG_STATS = "chain, non_neg, stats"
 FIT = "Keras fit"
 FIT_MAX_NORM = "Keras fit, MaxNorm"
 
@@ -166,7 +169,9 @@ def main() -> None:
         ),
         CONSTRAIN: make_step(after=lambda params: oc.constrain(params, max_norm)),
         CHAIN: make_step(oc.project(max_norm)),
-        "chain, non_neg": make_step(oc.project(oc.non_neg())),
+        STATS: make_step(oc.project(max_norm, stats=True)),
+        NON_NEG: make_step(oc.project(oc.non_neg())),
+        NON_NEG_STATS: make_step(oc.project(oc.non_neg(), stats=True)),
         "chain, unit_norm": make_step(oc.project(oc.unit_norm())),
         "chain, min_max_norm": make_step(oc.project(oc.min_max_norm(0.5, BOUND))),
     }
@@ -192,6 +197,12 @@ def main() -> None:
         ("chain to constrain", CHAIN, CONSTRAIN, 1.06, 1),
     ):
         print(verdict(what, times[one] / times[other], limit, leaves[one] - leaves[other], more))
+    for one, other in ((STATS, CHAIN), (NON_NEG_STATS, NON_NEG)):
+        median, low, high = interval(times[one] / times[other])
+        print(
+            f"{one!r} to {other!r}: time {median:.3f} ({low:.3f} to {high:.3f}), "
+            f"leaves {leaves[one] - leaves[other]:+.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from optax_constraints._projected import projected as projected
 from optax_constraints._report import Report as Report
 from optax_constraints._report import assert_feasible as assert_feasible
 from optax_constraints._report import report as report
+from optax_constraints._stats import LeafStats as LeafStats
+from optax_constraints._stats import stats as stats
 from optax_constraints._straight_through import straight_through as straight_through
 from optax_constraints._tangent import TangentState as TangentState
 from optax_constraints._tangent import tangent as tangent

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_constraints import _numerics
+from optax_constraints import _numerics, _stats
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
 from optax_constraints._numerics import in_turn, is_readable
@@ -20,7 +20,7 @@ from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
 from optax_constraints._text import warn
 from optax_constraints._trees import check_arrays
-from optax_constraints._walk import Bindings, Visit, like_before, memory_in
+from optax_constraints._walk import Bindings, Visit, like_before, memory_in, parted
 
 
 class ProjectState(NamedTuple):
@@ -30,12 +30,18 @@ class ProjectState(NamedTuple):
     updates_seen: jax.Array
     """How many updates there have been, an int32 scalar; schedules see it."""
     memory: Any = ()
-    """By path, what constraints remember of their leaves, such as norms at init."""
+    """By path, what constraints remember of their leaves, such as norms at init; with
+    ``stats=True`` that beside the statistics, which `stats` reads."""
     has_memory_of_constraints = True  # no field
 
 
 def project(
-    rules: Rules, *, every: int = 1, layout: Layout | None = None, strict: bool = True
+    rules: Rules,
+    *,
+    every: int = 1,
+    layout: Layout | None = None,
+    strict: bool = True,
+    stats: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
@@ -58,6 +64,8 @@ def project(
             `axis="fan_in"` is exact for every layer.
         strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
             in part.
+        stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
+            is one more pass over each constrained leaf.
 
     Returns:
         The transformation. Its `update` needs `params`.
@@ -83,7 +91,7 @@ def project(
     bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
-        memory = bind.start(params)
+        memory = _stats.start(bind, params) if stats else bind.start(params)
         warn_of_lost_steps(bind(params), every)
         return ProjectState(jnp.zeros((), jnp.int32), memory)
 
@@ -98,7 +106,7 @@ def project(
         # Their other branch has updates as they came in, and both must have one dtype.
         keep_dtype = called_from_optax(*_CONDITIONS)
 
-        def projected(updates: Any, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def projected(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
             before = None
 
             def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
@@ -112,22 +120,27 @@ def project(
                     moved = _narrowed(constraint, p, moved, u)
                 return moved, own
 
-            step = state.updates_seen
-            return bound.map(move, params, memory, step=step, extra=extra, updates=updates)
+            now: Any = {"step": state.updates_seen, "extra": extra}
+            new, memory = bound.map(move, params, memory, updates=updates, **now)
+            if stats:
+                shown = _stats.of_updates(bound, params, updates, new, shown, **now)
+            return new, memory, shown
 
-        def passed(updates: Any, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def passed(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
             # In the dtypes that a projection would give.
-            like, _ = jax.eval_shape(projected, updates, memory)
-            return jax.tree.map(lambda u, t: u.astype(t.dtype), updates, like), memory
+            like, *_ = jax.eval_shape(projected, updates, memory, shown)
+            return jax.tree.map(lambda u, t: u.astype(t.dtype), updates, like), memory, shown
 
         due = True if every == 1 else (state.updates_seen + 1) % every == 0
-        remembered = bound.recall(state.memory)
+        old, _ = parted(state.memory)
+        known = bound.recall(old), _stats.recall(bound, state.memory) if stats else {}
         if isinstance(due, Tracer):
-            new, kept = jax.lax.cond(due, projected, passed, updates, remembered)
+            new, kept, shown = jax.lax.cond(due, projected, passed, updates, *known)
         else:  # a condition would be compiled in each step
-            new, kept = (projected if due else passed)(updates, remembered)
+            new, kept, shown = (projected if due else passed)(updates, *known)
+        memory = _stats.kept(state.memory, kept, shown) if stats else like_before(old, kept)
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
-        return new, state._replace(updates_seen=seen, memory=like_before(state.memory, kept))
+        return new, state._replace(updates_seen=seen, memory=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -246,12 +259,20 @@ def constrain_bound(
     *,
     step: jax.typing.ArrayLike,
     extra: Mapping[str, Any] | None,
+    before: Any = None,
     function: Callable[..., tuple[Any, Any]] = advance,
 ) -> tuple[Any, Any]:
-    """`constrain` with rules that may remember this tree, and with what constraints remember."""
-    bound = bind(params)
-    new, kept = bound.map(function, params, bound.recall(memory), step=step, extra=extra)
-    return new, like_before(memory, kept)
+    """`constrain` with rules that may remember this tree, and with what constraints remember.
+
+    Beside a memory that has statistics, `before` is the parameters before they moved.
+    """
+    bound, now = bind(params), {"step": step, "extra": extra}
+    old, shown = parted(memory)
+    new, kept = bound.map(function, params, bound.recall(old), **now)
+    if shown is None:
+        return new, like_before(memory, kept)
+    shown = _stats.of_weights(bound, before, params, new, memory, **now)
+    return new, _stats.kept(memory, kept, shown)
 
 
 def _warn_of_one_value(bound: Bindings, params: Any, new: Any) -> None:
@@ -326,6 +347,10 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
     strict: bool = True,
 ) -> dict[str, jax.Array]:
     """How far each constrained leaf is from its set. Runs under `jax.jit`.
+
+    After a projection that is zero, up to rounding. So it is a check of a training loop, and a
+    penalty for weights that nothing projects. How hard constraints bind while they are held is
+    in `stats`.
 
     Args:
         params: Any tree of arrays.

@@ -99,10 +99,14 @@ class Bindings:
         return len(self._bound)
 
     @property
+    def keyed(self) -> list[tuple[str, Bound]]:
+        """Each leaf or group with its key: its path or name, numbered where it is not the first."""
+        return list(zip(self._keys, self._bound, strict=True))
+
+    @property
     def _rememberers(self) -> dict[str, Bound]:
         """By the key of its memory, what has one."""
-        pairs = zip(self._keys, self._bound, strict=True)
-        return {key: bound for key, bound in pairs if bound.remembers}
+        return {key: bound for key, bound in self.keyed if bound.remembers}
 
     def remember(self, params: Any) -> dict[str, Any]:
         """What constraints remember of the parameters at init, by key."""
@@ -274,27 +278,59 @@ def _keys(paths: list[str]) -> Iterator[str]:
         yield key
 
 
+class WithStats(NamedTuple):
+    """What is in the place of a memory where there are statistics, too.
+
+    Not a field beside the memory: states that were saved without it would no longer load.
+    """
+
+    remembered: Any
+    stats: Any
+
+
+def parted(memory: Any) -> tuple[Any, Any]:
+    """What is remembered, and the statistics beside it or None."""
+    if isinstance(memory, Mapping) and set(memory) == set(WithStats._fields):
+        memory = WithStats(**memory)  # restored without its type
+    return memory if isinstance(memory, WithStats) else (memory, None)
+
+
+def states_in(state: Any) -> list[Any]:
+    """The states of `project` in an optimizer's state, and what else has memory."""
+    return [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
+
+
 def memory_in(state: Any) -> Any:
     """What constraints remember, out of an optimizer's state."""
-    states = [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
+    states = states_in(state)
     if not states:
         raise ValueError(
             f"There is no state of project in {shown(type(state))}; pass what tx.init(params) or "
             "tx.update returned, where project is in tx."
         )
-    memory: dict[str, Any] = {}
     memories = [s["memory"] if isinstance(s, Mapping) else s.memory for s in states]
-    found = {id(memory): memory for memory in memories}
-    for own in (own for own in found.values() if isinstance(own, Mapping)):
-        twice = sorted({*memory} & {*own})
+    found = {id(memory): parted(memory)[0] for memory in memories}
+    own = [memory for memory in found.values() if isinstance(memory, Mapping)]
+    return by_path(own, "remember", "state=states['generator'] or state=state[-1]") or ()
+
+
+def by_path(found: Sequence[Mapping[str, Any]], verb: str, instead: str) -> dict[str, Any]:
+    """What several states have by path, together.
+
+    Raises:
+        ValueError: If two have the same path.
+    """
+    together: dict[str, Any] = {}
+    for own in found:
+        twice = sorted({*together} & {*own})
         if twice:
             raise ValueError(
-                f"There are several states of project here that remember {twice[0]!r}, such as "
+                f"There are several states of project here that {verb} {twice[0]!r}, such as "
                 "those of two models, or of a chain with project in it twice; pass the one of "
-                "these parameters alone, as in state=states['generator'] or state=state[-1]."
+                f"these parameters alone, as in {instead}."
             )
-        memory.update(own)
-    return memory or ()
+        together.update(own)
+    return together
 
 
 def _is_state(x: Any) -> bool:

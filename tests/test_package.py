@@ -81,9 +81,9 @@ def test_the_public_names():
         if not name.startswith("_") and not isinstance(thing, types.ModuleType)
     }
     sets = {name for cls in SETS for name in (cls.__name__, _config.snake_case(cls.__name__))}
-    verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible"}
+    verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible", "stats"}
     verbs |= {"projected", "scale_by_unit_adam", "ScaleByUnitAdamState", "straight_through"}
-    verbs |= {"ProjectState", "TangentState", "Report", "Constraint"}
+    verbs |= {"ProjectState", "TangentState", "Report", "Constraint", "LeafStats"}
     identifiers = {"get", "serialize", "deserialize", "register"}
     rules = {"arg", "joint", "across", "of_layer", "rules_from_tree"}
     assert public == sets | verbs | identifiers | rules

@@ -9,9 +9,11 @@ from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
+from optax_constraints import _stats
 from optax_constraints._axes import LeafLayout
 from optax_constraints._patterns import Rules
 from optax_constraints._project import constrain_bound, warn_of_lost_steps
+from optax_constraints._walk import parted
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder
 
 
@@ -22,7 +24,9 @@ class TrainState(train_state.TrainState):
     projections to the bit; `project` in the optimizer has to go through a difference. Use one
     of the two. Schedules in the rules see `step` as it was before the step.
 
-    Cost: one pass over each constrained leaf for an elementwise set, two for a norm.
+    Cost: one pass over each constrained leaf for an elementwise set, two for a norm. With
+    `create(..., stats=True)`, and one more pass, `optax_constraints.stats(state)` has how hard
+    each constraint binds.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -47,7 +51,8 @@ class TrainState(train_state.TrainState):
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
     """As for `project`, in a box."""
     memory: Any = struct.field(kw_only=True, default=())
-    """By path, what constraints remember of their leaves, such as norms at init."""
+    """By path, what constraints remember of their leaves, such as norms at init; with
+    ``stats=True`` that beside the statistics."""
 
     def __post_init__(self) -> None:
         for name, box in (("rules", HeldRules), ("layout", HeldLayout)):
@@ -71,7 +76,10 @@ class TrainState(train_state.TrainState):
         new = super().apply_gradients(grads=grads, **kwargs)
         inner, rebuild = _parameters(new.params)
         bind = binder(self.rules, self.layout)
-        params, memory = constrain_bound(inner, bind, self.memory, step=self.step, extra=extra)
+        before, _ = _parameters(self.params)
+        params, memory = constrain_bound(
+            inner, bind, self.memory, step=self.step, extra=extra, before=before
+        )
         return new.replace(params=rebuild(params), memory=memory)
 
     @classmethod
@@ -83,6 +91,7 @@ class TrainState(train_state.TrainState):
         tx: optax.GradientTransformation,
         rules: Rules = None,
         layout: Mapping[str, LeafLayout] | None = None,
+        stats: bool = False,
         **kwargs: Any,
     ) -> "TrainState":
         """Makes a state at step 0. The parameters stay as they are until the first step.
@@ -93,6 +102,7 @@ class TrainState(train_state.TrainState):
             tx: The optimizer.
             rules: As for `project`; usually `declared(model, x)`.
             layout: As for `project`; usually `layout(model, x)`.
+            stats: As for `project`; an update is here what the weights moved by.
             **kwargs: Fields of a subclass.
 
         Returns:
@@ -111,10 +121,13 @@ class TrainState(train_state.TrainState):
         held = HeldRules(rules), HeldLayout(layout)
         bind = binder(*held)
         inner, _ = _parameters(params)
-        memory = bind.start(inner)
+        memory = _stats.start(bind, inner) if stats else bind.start(inner)
         warn_of_lost_steps(bind(inner))
         if not any(bound.needs_args for bound in bind(inner)):
-            jax.eval_shape(lambda p: constrain_bound(p, bind, memory, step=0, extra=None), inner)
+            remembered, _ = parted(memory)
+            jax.eval_shape(
+                lambda p: constrain_bound(p, bind, remembered, step=0, extra=None), inner
+            )
         return super().create(
             apply_fn=apply_fn,
             params=params,

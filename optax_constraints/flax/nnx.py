@@ -36,6 +36,7 @@ import optax
 from flax import nnx
 from flax.nnx.training.optimizer import to_opt_state
 
+from optax_constraints import _stats
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
@@ -43,6 +44,7 @@ from optax_constraints._project import constrain_bound, warn_of_lost_steps
 from optax_constraints._rules import Binder
 from optax_constraints._text import describe, shown
 from optax_constraints._trees import leaves_by_path
+from optax_constraints._walk import parted
 from optax_constraints.flax import linen
 from optax_constraints.flax._bridge import Parts, check_known, linen_parts
 from optax_constraints.flax._layers import layer_type, own_fan_in
@@ -503,7 +505,9 @@ class Optimizer(nnx.Optimizer):
     projection. With `project` at the end of `tx` they are ``p + (P(p + u) - p)``, which rounds
     once more. A schedule in a constraint sees `step`, which is 0 in the first update.
 
-    Cost: one pass over each constrained leaf, or two for a norm, after the update.
+    Cost: one pass over each constrained leaf, or two for a norm, after the update. With
+    `stats=True`, and one more pass, `optax_constraints.stats(optimizer)` has how hard each
+    constraint binds.
 
     Args:
         model: The model. It is not kept.
@@ -512,6 +516,7 @@ class Optimizer(nnx.Optimizer):
         rules: Which leaf is under which constraint, as for `project`; by default what the
             model's layers declare, as far as it is trained.
         layout: By default that of the model.
+        stats: As for `project`; an update is here what the weights moved by.
         **options: Further arguments of `nnx.Optimizer`.
 
     Raises:
@@ -540,6 +545,7 @@ class Optimizer(nnx.Optimizer):
         wrt: Any = nnx.Param,
         rules: Rules = None,
         layout: Layout | None = None,
+        stats: bool = False,
         **options: Any,
     ):
         """Makes the state of `tx`, and checks that the rules fit the model."""
@@ -558,7 +564,8 @@ class Optimizer(nnx.Optimizer):
         self._rules = HeldRules(rules)
         self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
         bind = self._bind()
-        memory = bind.start(params)  # raises if the rules do not fit
+        # Raises if the rules do not fit.
+        memory = _stats.start(bind, params) if stats else bind.start(params)
         warn_of_lost_steps(bind(params))
         if any(bound.needs_args for bound in bind(params)):
             self.tx = optax.with_extra_args_support(self.tx)
@@ -580,10 +587,17 @@ class Optimizer(nnx.Optimizer):
         """
         # Unsigned in NNX; schedules subtract from it.
         step = jnp.asarray(self.step[...], jnp.int32)
+        has_stats = parted(self.memory)[1] is not None
+        before = jax.tree.map(jnp.asarray, nnx.state(model, self.wrt)) if has_stats else None
         updates = super().update(model, grads, **kwargs)
         memory = jax.tree.map(lambda held: held[...], self.memory, is_leaf=_is_variable)
         params, memory = constrain_bound(
-            nnx.state(model, self.wrt), self._bind(), memory, step=step, extra=kwargs
+            nnx.state(model, self.wrt),
+            self._bind(),
+            memory,
+            step=step,
+            extra=kwargs,
+            before=before,
         )
         nnx.update(model, params)
         jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
