@@ -396,7 +396,7 @@ def test_what_has_another_shape_or_dtype_stays():
     state += (optax.TraceState(jnp.ones((5, 3), int)), optax.TraceState(jnp.ones((5, 3))))
     new = map_first_moments(lambda own: [x and 0 for x in own], state[:-1], jnp.ones((5, 3)))
     assert jax.tree.map(bits, new) == jax.tree.map(bits, state[:-1])
-    (new,) = map_first_moments(lambda own: [0 * own[0]], state[-1:], jnp.ones((5, 3)))
+    (new,) = map_first_moments(lambda own: [0 * jnp.asarray(own[0])], state[-1:], jnp.ones((5, 3)))
     np.testing.assert_array_equal(new.trace, 0)
 
 
@@ -509,22 +509,24 @@ def test_first_moments_of_all_optimizers_of_optax():
         carried |= {name for name, own in there if np.all(np.isnan(float64(own["w"])))}
     assert len(seen) > 40
     assert carried == signed - SIGNED_BUT_NO_MOMENTS
-    assert signed >= SIGNED_BUT_NO_MOMENTS
+    newer = {"MadgradState.s"} if not hasattr(contrib, "madgrad") else set()
+    assert signed >= SIGNED_BUT_NO_MOMENTS - newer
     table = {f"{cls}.{name}" for cls, own in _FIELDS_OF.items() for name in own or ()}
     assert carried >= table | {"ScaleByAdamState.mu", "TraceState.trace", "ScaleByLionState.mu"}
 
 
-@pytest.mark.parametrize("optimizer", [optax.lookahead, optax.flatten, contrib.galore], ids=str)
-def test_moments_of_other_parameters_stay(optimizer):
+@pytest.mark.parametrize("wrapper", ["lookahead", "flatten", "galore"])
+def test_moments_of_other_parameters_stay(wrapper):
     # They have a basis of their own, in which nothing is tangent to a set.
-    params = {"w": array(3, 3), "b": array(9, seed=1)}
-    if optimizer is contrib.galore:
-        tx = contrib.galore(0.1, rank=3)
-    elif optimizer is optax.flatten:
+    params: Any = {"w": array(3, 3), "b": array(9, seed=1)}
+    if wrapper == "lookahead":
+        tx, params = optax.lookahead(ADAM, 2, 0.5), optax.LookaheadParams(params, params)
+    elif wrapper == "flatten":
         tx = optax.flatten(ADAM)
+    elif hasattr(contrib, "galore"):
+        tx = contrib.galore(0.1, rank=3)
     else:
-        tx = optax.lookahead(ADAM, 2, 0.5)
-        params = optax.LookaheadParams(params, params)
+        pytest.skip("this Optax has no GaLore")
     state = jax.tree.map(jnp.ones_like, tx.init(params))
     same = map_first_moments(lambda own: [x if x is None else 2 * x for x in own], state, params)
     assert jax.tree.map(bits, same) == jax.tree.map(bits, state)
