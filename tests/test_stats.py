@@ -87,6 +87,9 @@ def test_units_at_their_bound():
     assert found["w"][2:] == (2, 1)
     assert found["b"][2:] == (3, 2)
     assert found["b"].correction == 2
+    # No entry is at 0 before the projection.
+    found, _, _ = one_step(oc.simplex(), jnp.array([0.2, 0.4, 0.4]), jnp.array([0.0, 5.0, 5.0]))
+    assert found[""][2:] == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
