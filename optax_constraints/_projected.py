@@ -27,10 +27,12 @@ def projected(
     every: int = 1,
     layout: Layout | None = None,
     strict: bool = True,
+    stats: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps stay in their sets, and whose momentum comes along.
 
-    It is ``chain(tangent(rules), optimizer, project(rules))``. Then, for leaves under smooth
+    It is ``chain(tangent(rules), optimizer, project(rules))``, which for every convex set and
+    Adam arrives at the optimum where ``chain(adam, project(rules))`` need not. Then, for leaves under smooth
     sets, it projects the first moments of the optimizer to the tangent space of the new weights:
     Riemannian gradient descent with momentum, with projections as retraction and as vector
     transport (P.-A. Absil, R. Mahony and R. Sepulchre, "Optimization Algorithms on Matrix
@@ -43,7 +45,7 @@ def projected(
     GaLore, whose parameters are others; of LBFGS, Rprop and the optimizers that sum gradients
     from the start, nothing is moved.
 
-    Cost: beside the three, one derivative of the projection for each first moment, which for a
+    Cost: beside the three, the tangent part of each first moment under a smooth set, which for a
     norm is two passes over a leaf.
 
     Args:
@@ -54,6 +56,7 @@ def projected(
         every: As for `project`. On the steps between, moments stay as they are.
         layout: As for `project`.
         strict: As for `project`.
+        stats: As for `project`: for `stats(state)`.
 
     Returns:
         The transformation. Its `update` needs `params`, and hands extra arguments on. Its state
@@ -79,7 +82,7 @@ def projected(
     chain: Any = optax.chain(
         tangent(rules, layout=layout, strict=strict),
         _check_optimizer(optimizer),
-        project(rules, every=every, layout=layout, strict=strict),
+        project(rules, every=every, layout=layout, strict=strict, stats=stats),
     )
     if fields is not None and not fields:
         return chain
