@@ -31,8 +31,8 @@ def projected(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps stay in their sets, and whose momentum comes along.
 
-    It is ``chain(tangent(rules), optimizer, project(rules))``, which for every convex set and
-    Adam arrives at the optimum where ``chain(adam, project(rules))`` need not. Then, for leaves under smooth
+    It is ``chain(tangent(rules), optimizer, project(rules))``, with which Adam arrives at the
+    optimum under every convex set; without `tangent` it need not. Then, for leaves under smooth
     sets, it projects the first moments of the optimizer to the tangent space of the new weights:
     Riemannian gradient descent with momentum, with projections as retraction and as vector
     transport (P.-A. Absil, R. Mahony and R. Sepulchre, "Optimization Algorithms on Matrix
