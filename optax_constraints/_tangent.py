@@ -122,4 +122,4 @@ def tangent(
 def _tangent(constraint: Constraint, weights: Any, memory: Any, updates: Any) -> tuple[Any, Any]:
     downhill = jax.tree.map(jnp.negative, updates)
     along = tangent_at(constraint, weights, downhill, memory)
-    return jax.tree.map(jnp.negative, along), memory
+    return jax.tree.map(lambda d: 0 - d, along), memory  # without zeros that are negative

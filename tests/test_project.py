@@ -462,7 +462,7 @@ def test_the_count_in_a_state_is_that_of_the_optimizer():
     state = tx.init(jnp.ones(3))
     assert optax.tree_utils.tree_get(state, "count") == 0
     own = {field for cls in (oc.ProjectState, oc.TangentState) for field in cls._fields}
-    assert own == {"updates_seen", "memory"}
+    assert own == {"updates_seen", "memory", "at_init"}
 
 
 @pytest.mark.parametrize("wrap", CONDITIONS)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import optax_constraints as oc
 from optax_constraints._rules import Binder
 
 pytestmark = pytest.mark.usefixtures("registry")
-many = settings(max_examples=300, derandomize=True, deadline=None)
+# Where programs are compiled quickly, `make test-all` has the others.
+QUICKLY = "optimization_level=0" in os.environ.get("XLA_FLAGS", "")
+many = settings(max_examples=100 if QUICKLY else 300, derandomize=True, deadline=None)
 
 
 # Sets, and what NumPy says of them.
