@@ -1,5 +1,6 @@
 """Groups of leaves under one constraint: `joint`, `across`, `of_layer`, and rules from trees."""
 
+import functools
 import json
 import pickle
 import re
