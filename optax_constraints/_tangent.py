@@ -45,9 +45,9 @@ def tangent(
     "Variational Analysis", 1998, chapter 6): inside, nothing changes.
 
     What counts as at a bound: entries that equal it, as `project` leaves them; norms, sums and
-    inner products within 2 machine epsilons of the weights' dtype; singular values and
-    eigenvalues within that and the rounding of their decomposition; for `Monotone`, neighbours
-    within 4; for `DoublyStochastic`, entries below 8 of the dtype it computes in; in an
+    inner products within 2 machine epsilons of the weights' dtype and the rounding of sums;
+    singular values and eigenvalues within that and the rounding of their decomposition; for
+    `Monotone`, neighbours within 4; for `DoublyStochastic`, entries below 8 of the dtype it computes in; in an
     `Intersection`, all within 64 of the largest weight.
 
     Cost: two passes over a leaf for a norm; for simplexes and l1 balls some more, as for the

@@ -101,7 +101,7 @@ class _NormSet(InParts, UnitSet):
         bound = self._bound(norm.dtype, at_init)
         off = inner / jnp.where((squares > 0) & (squares < jnp.inf), squares, jnp.inf)
         if not self.smooth:
-            at_bound = norm >= bound * (1 - 2 * rounding) - slack
+            at_bound = norm >= bound * (1 - 2 * rounding - _tolerance(norm)) - slack
             off = jnp.where(at_bound, jnp.maximum(off, 0), 0)
         # The norm 0 is that of one point.
         return tuple(jnp.where(bound > 0, d - x * off, 0) for x, d in zip(w, v, strict=True))

@@ -329,7 +329,8 @@ class L1Ball(_ThresholdSet):
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
         total = units.sum(_each(jnp.abs, w))
-        at_bound = total >= value(self.radius, total.dtype) * (1 - 2 * rounding) - slack
+        near = 2 * rounding + _tolerance(total)
+        at_bound = total >= value(self.radius, total.dtype) * (1 - near) - slack
         # Of an entry that is zero any move is one away from it.
         sign = _each(lambda w, d: jnp.sign(jnp.where(jnp.abs(w) > slack, w, d)), w, v)
         free = _each(lambda w: jnp.abs(w) > slack, w)
@@ -642,13 +643,15 @@ class HalfSpace(_NormalSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units that lie on the plane, up to rounding."""
-        return self._reaches(w)
+        return self._reaches(w, 2 * _numerics.eps(w.dtype))
 
-    def _reaches(self, w: jax.Array, slack: jax.typing.ArrayLike = 0.0) -> jax.Array:
+    def _reaches(
+        self, w: jax.Array, rounding: float, slack: jax.typing.ArrayLike = 0.0
+    ) -> jax.Array:
         wide, axis = self._widen(w)
         normal, point = self._plane(wide)
         above = _above(wide, normal, point, axis)
-        near = _is_near(wide, normal, above, axis, 2 * _numerics.eps(w.dtype))
+        near = _is_near(wide, normal, above, axis, rounding)
         return near | (above + slack > 0)
 
     def tangent(
@@ -664,7 +667,8 @@ class HalfSpace(_NormalSet):
         w, v = jnp.asarray(w), jnp.asarray(v)
         wide, axis = self._widen(v)
         normal, _ = self._plane(wide)
-        up = jnp.where(self._reaches(w, slack), _above(wide, normal, 0 * normal, axis), 0)
+        near = self._reaches(w, 2 * _numerics.eps(w.dtype) + _tolerance(wide), slack)
+        up = jnp.where(near, _above(wide, normal, 0 * normal, axis), 0)
         return _lower(wide, normal, jnp.maximum(up, 0)).astype(v.dtype)
 
 
