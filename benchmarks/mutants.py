@@ -51,7 +51,7 @@ TESTS = {
         "test_first_steps.py -k rule or pattern or leads",
         "test_configs.py -k rules or pattern",
     ],
-    "_groups": ["test_groups.py -k not mesh"],
+    "_groups": ["test_groups.py -k not mesh", "test_cones.py -k groups or joint"],
     "_walk": [
         "test_project.py",
         "test_memory.py",
@@ -75,7 +75,12 @@ TESTS = {
         "test_args.py -k not shard",
         "test_wrappers.py",
     ],
-    "_tangent": ["test_tangent.py", "test_args.py -k tangent", "test_groups.py -k tangent"],
+    "_tangent": [
+        "test_tangent.py",
+        "test_cones.py -k schedule or downhill or relative or refused",
+        "test_args.py -k tangent",
+        "test_groups.py -k tangent",
+    ],
     "_projected": ["test_projected.py"],
     "_moments": ["test_projected.py"],
     "_unit_adam": ["test_unit_adam.py"],

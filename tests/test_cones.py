@@ -316,6 +316,15 @@ def test_gradients_are_taken_downhill():
     assert np.array_equal(updates["w"], [0, -1, 1])
 
 
+@pytest.mark.parametrize(("seen", "left"), [(0, 0.0), (1, 0.0), (2, 1.0)])
+def test_a_schedule_is_at_the_last_projection(seen, left):
+    w = jnp.array([0.6, 0.8])
+    tx = oc.tangent(oc.max_norm(lambda step: 1.0 + step))
+    state = tx.init(w)._replace(updates_seen=jnp.int32(seen))
+    updates, _ = tx.update(-w, state, w)
+    np.testing.assert_allclose(updates, -left * w, atol=1e-6)
+
+
 def test_a_bound_that_is_relative_to_init_is_kept_in_the_state():
     rules = {"w": oc.compose(oc.non_neg(), oc.max_norm("2x init"))}
     params = {"w": jnp.array([0.6, 0.8])}
