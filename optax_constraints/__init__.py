@@ -13,7 +13,6 @@ from optax_constraints._patterns import rules_from_tree as rules_from_tree
 from optax_constraints._project import ProjectState as ProjectState
 from optax_constraints._project import constrain as constrain
 from optax_constraints._project import project as project
-from optax_constraints._project import violations as violations
 from optax_constraints._projected import projected as projected
 from optax_constraints._report import Report as Report
 from optax_constraints._report import assert_feasible as assert_feasible
@@ -25,6 +24,7 @@ from optax_constraints._tangent import TangentState as TangentState
 from optax_constraints._tangent import tangent as tangent
 from optax_constraints._unit_adam import ScaleByUnitAdamState as ScaleByUnitAdamState
 from optax_constraints._unit_adam import scale_by_unit_adam as scale_by_unit_adam
+from optax_constraints._violations import violations as violations
 from optax_constraints.sets.combinators import Compose as Compose
 from optax_constraints.sets.combinators import Part as Part
 from optax_constraints.sets.combinators import Soft as Soft

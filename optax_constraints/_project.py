@@ -1,26 +1,24 @@
-"""The verbs that compute: `project`, `constrain`, `violations`."""
+"""The verbs that move weights: `project` and `constrain`."""
 
-import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_constraints import _numerics, _stats
+from optax_constraints import _stats
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
-from optax_constraints._numerics import in_turn, is_readable
+from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
+from optax_constraints._numerics import in_turn
 from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
-from optax_constraints._text import warn
 from optax_constraints._trees import check_arrays
-from optax_constraints._walk import Bindings, Visit, like_before, memory_in, parted
+from optax_constraints._walk import like_before, memory_in, parted
 
 
 class ProjectState(NamedTuple):
@@ -145,29 +143,6 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def warn_of_lost_steps(bound: Bindings, every: int = 1) -> None:
-    """Warns of sets whose projection undoes small updates."""
-    together = f"of {every} steps together that are " if every > 1 else ""
-    found = ((leaf.path, leaf.constraint) for leaf in bound if leaf.constraint is not None)
-    losing = [(path, constraint) for path, constraint in found if constraint.loses_steps]
-    if losing:
-        path, constraint = losing[0]
-        more = f" and {len(losing) - 1} more" if len(losing) > 1 else ""
-        warn(
-            f"{_cut(constraint)} on {path!r}{more}: updates {together}shorter "
-            "than half a gap between values are lost, since the projection leads back to where "
-            "the weights were. Let the optimizer train these leaves free, take the loss at "
-            "straight_through(params, rules), and write constrain(params, rules) for the weights "
-            "to deploy."
-        )
-
-
-def _cut(constraint: Constraint) -> str:
-    """How a warning names a set that may have many values."""
-    text = str(constraint)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
     """Updates in the dtypes that they came in, after which entries of entrywise sets hold."""
     narrow = jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
@@ -234,7 +209,7 @@ def constrain(
     """
     bind, memory = bound_now(params, rules, state, layout, strict)
     new, _ = constrain_bound(params, bind, memory, step=step, extra=extra)
-    _warn_of_one_value(bind(params), params, new)
+    warn_of_one_value(bind(params), params, new)
     return new
 
 
@@ -273,126 +248,3 @@ def constrain_bound(
         return new, like_before(memory, kept)
     shown = _stats.of_weights(bound, before, params, new, memory, **now)
     return new, _stats.kept(memory, kept, shown)
-
-
-def _warn_of_one_value(bound: Bindings, params: Any, new: Any) -> None:
-    """Warns, where numbers can be read, of weights that a grid makes all the same."""
-    before, after = jax.tree.leaves(params), jax.tree.leaves(new)
-    for leaf in bound:
-        if leaf.constraint is None or not leaf.constraint.loses_steps:
-            continue
-        both = [[leaves[place] for place in leaf.places] for leaves in (before, after)]
-        sizes = [np.size(part) for part in both[0]]
-        if sum(sizes) < 2 or not all(sizes) or not all(map(is_readable, both[0] + both[1])):
-            continue
-        (low, high), (least, most) = jax.device_get(_ranges(both))
-        if least == most and low != high:
-            warn(
-                f"constrain: {_cut(leaf.constraint)} makes every entry of {leaf.path!r} {least:g}, "
-                f"and they were from {low:.3g} to {high:.3g}. Scale the values to the weights, "
-                "such as grid([-s, 0, s]) with s of the size of most of them."
-            )
-
-
-@jax.jit
-def _ranges(both: Any) -> Any:
-    """The least and the greatest entry, in float32 or wider, of each list of arrays."""
-    dtype = _numerics.compute_dtype(*(part.dtype for part in jax.tree.leaves(both)))
-
-    def ends(parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        wide = [part.astype(dtype) for part in parts]
-        least = functools.reduce(jnp.minimum, map(jnp.min, wide))
-        return least, functools.reduce(jnp.maximum, map(jnp.max, wide))
-
-    return [ends(parts) for parts in both]
-
-
-def visits(
-    verb: str,
-    params: Any,
-    rules: Rules,
-    step: jax.typing.ArrayLike,
-    state: Any,
-    extra: Mapping[str, Any] | None,
-    layout: Layout | None,
-    strict: bool,
-) -> Iterator[Visit]:
-    """Each leaf with its constraint at one step, for a verb that changes nothing.
-
-    Raises:
-        ValueError: If there is no state, and a constraint remembers weights at init.
-    """
-    check_arrays(params)
-    bound = Binder(rules, layout=layout, strict=strict)(params)
-    for leaf in bound:
-        if state is None and leaf.remembers:
-            raise ValueError(
-                f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
-                f"weights were at init, which only the state of project knows; write {verb}"
-                "(params, rules, state=state) with the state of an optimizer that has project "
-                "in it."
-            )
-    memory = {} if state is None else bound.recall(memory_in(state))
-    return bound.visits(params, memory, step=step, extra=extra)
-
-
-def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
-    params: Any,
-    rules: Rules,
-    *,
-    step: jax.typing.ArrayLike = 0,
-    state: Any = None,
-    extra: Mapping[str, Any] | None = None,
-    layout: Layout | None = None,
-    strict: bool = True,
-) -> dict[str, jax.Array]:
-    """How far each constrained leaf is from its set. Runs under `jax.jit`.
-
-    After a projection that is zero, up to rounding. So it is a check of a training loop, and a
-    penalty for weights that nothing projects. How hard constraints bind while they are held is
-    in `stats`.
-
-    Args:
-        params: Any tree of arrays.
-        rules: As for `project`.
-        step, state, extra, layout, strict: As for `constrain`; a bound that is relative to init
-            needs the state.
-
-    Returns:
-        For the path of each constrained leaf the Euclidean distance to its projection, a
-        scalar in float32 or float64.
-
-    Raises:
-        TypeError: If a rule names a leaf that is not floating-point.
-        ValueError: If a rule matches no leaf, a leaf does not have the axis asked for, or a
-            bound is relative to init and there is no state.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_constraints as oc
-        >>> oc.violations({"bias": jnp.array([-1.0, 2.0])}, {"bias": oc.non_neg()})
-        {'bias': Array(1., dtype=float32)}
-    """
-    distances: dict[str, jax.Array] = {}
-    found = visits("violations", params, rules, step, state, extra, layout, strict)
-    for bound, constraint, weights, memory in found:
-        if constraint is None:
-            continue
-        away = jax.tree.leaves(distance(weights, constraint, memory))
-        for path, own in zip(bound.paths, away, strict=True):
-            # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
-            other = distances.get(path)
-            distances[path] = own if other is None else jnp.hypot(other, own)
-    return distances
-
-
-def distance(weights: Any, constraint: Constraint, memory: Any = ()) -> Any:
-    """Euclidean distance of each array to its projection, scalars in float32 or float64."""
-    projected, _ = constraint.advance(weights, memory)
-
-    def away(w: jax.Array, target: jax.Array) -> jax.Array:
-        dtype = _numerics.compute_dtype(w.dtype)
-        difference = w.astype(dtype) - target.astype(dtype)
-        return _numerics.norm(difference, None).reshape(())
-
-    return jax.tree.map(away, weights, projected)

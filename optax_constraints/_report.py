@@ -13,7 +13,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Layout
 from optax_constraints._groups import Group
 from optax_constraints._patterns import Rules
-from optax_constraints._project import distance, visits
+from optax_constraints._violations import distance, visits
 from optax_constraints._walk import Bound, Visit
 
 _WIDTH = 100
