@@ -22,10 +22,6 @@ from optax_constraints.sets.combinators import Around, Stacked
 class Group(Around):
     """Base of both: several arrays under the constraint of one."""
 
-    def __call__(self, w: Any, /) -> Any:
-        """Projects the arrays; what is remembered of init is that of these."""
-        return self.advance(w, jax.lax.stop_gradient(self.remember(w)))[0]
-
     def whole(self, parts: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:
         """The one array that the constraint sees."""
         return jax.ShapeDtypeStruct((sum(math.prod(part.shape) for part in parts),), _dtype(parts))

@@ -341,7 +341,13 @@ def test_a_bound_that_is_relative_to_init_is_kept_in_the_state():
 
 
 @pytest.mark.parametrize(
-    "constraint", [oc.max_norm(1.0, axis=None), oc.simplex(axis=None), oc.l1_ball(axis=None)]
+    "constraint",
+    [
+        oc.max_norm(1.0, axis=None),
+        oc.simplex(axis=None),
+        oc.l1_ball(axis=None),
+        oc.sum_to(1.0, axis=None),
+    ],
 )
 def test_groups_have_the_cone_of_their_vector(constraint):
     parts = {"a": normal((3, 2), 0), "b": normal((5,), 1)}

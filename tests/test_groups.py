@@ -1216,3 +1216,13 @@ def test_a_train_state_with_groups_goes_on_from_numpy(pattern):
     assert all(map(np.array_equal, jax.tree.leaves(new), jax.tree.leaves(again)))
     norms = [np.linalg.norm(vector(p)) for p in (params, new)]
     np.testing.assert_allclose(*norms, rtol=1e-6)
+
+
+def test_a_vector_that_is_no_sum_of_parts_is_remembered():
+    # Soft sets take the vector as one array.
+    params = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    rules = {across("*"): oc.soft(oc.fixed_norm("init"), rate=1.0)}
+    tx = oc.project(rules)
+    updates, state = tx.update(params, tx.init(params), params)
+    close(updates, jax.tree.map(jnp.zeros_like, params), 4)
+    close(oc.constrain(jax.tree.map(lambda p: 7 * p, params), rules, state=state), params, 4)
