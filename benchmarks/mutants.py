@@ -69,6 +69,7 @@ TESTS = {
     ],
     "_project": [
         "test_project.py",
+        "test_stats.py -k train or optimizer",
         "test_memory.py",
         "test_rules.py -k verb or masked",
         "test_feasible.py -k not promise",
