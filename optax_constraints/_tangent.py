@@ -1,5 +1,6 @@
 """The verb for the front of a chain: `tangent`."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,8 @@ def tangent(
     ) -> tuple[Any, TangentState]:
         if params is None:
             raise ValueError("tangent needs the parameters; write tx.update(grads, state, params).")
+        if isinstance(state, Mapping):  # restored without its type
+            state = TangentState(**state)
         # The weights are where the last update of `project` has put them.
         step = jnp.maximum(state.updates_seen - 1, 0)
         bound = bound_to(params)

@@ -452,3 +452,36 @@ def test_inside_nothing_changes_to_the_bit():
     ):
         w = jnp.cumsum(jnp.ones((4, 4), WIDE), axis=0)
         assert bits(constraint.tangent(w, v)) == bits(v), constraint
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        oc.max_norm(0.5),
+        oc.box(-0.5, 0.5),
+        oc.simplex(),
+        oc.l1_ball(),
+        oc.monotone(),
+        oc.sum_to(1.0),
+    ],
+    ids=str,
+)
+def test_derivatives_through_a_tangent_part(constraint):
+    w, v, u = constraint(normal((7, 3), 0)), normal((7, 3), 1), normal((7, 3), 2)
+    along, forward = jax.jvp(lambda v: constraint.tangent(w, v), (v,), (u,))
+    (backward,) = jax.vjp(lambda v: constraint.tangent(w, v), v)[1](u)
+    # Of a projection it is one onto a face, which is its own transpose; and cones have no scale.
+    np.testing.assert_allclose(backward, forward, atol=1e-5)
+    _, radial = jax.jvp(lambda v: constraint.tangent(w, v), (v,), (v,))
+    np.testing.assert_allclose(radial, along, atol=1e-5)
+
+
+def test_a_state_that_was_restored_without_its_type():
+    rules, w = oc.max_norm("1x init"), jnp.array([0.6, 0.8])
+    tx = oc.tangent(rules)
+    state = tx.init(w)
+    want, _ = tx.update(-w, state, w)
+    for back in (jax.device_get(state), jax.device_get(state)._asdict()):
+        updates, after = tx.update(-w, back, w)
+        assert bits(updates) == bits(want)
+        assert after.updates_seen == 1

@@ -200,7 +200,7 @@ def _merge(x: jax.Array, half: int, runs: jax.Array | None = None) -> jax.Array:
     before, after = runs[:, half - 1 : half], runs[:, half : half + 1]
     beyond = jnp.where(_is_left(x, half), -jnp.inf, jnp.inf)
     own = jnp.where(before == after, jnp.where(runs == before, x, beyond), 0)
-    pool = _pool_of_many(own, half)
+    pool = _pool(own, half, True)
     return jnp.where(_pooled(own, pool, half), pool, x)
 
 
@@ -215,16 +215,19 @@ def _pooled(x: jax.Array, pool: jax.Array, half: int) -> jax.Array:
     return (inside & (x[:, half - 1 : half] > x[:, half : half + 1])) | jnp.isnan(pool)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _pool(x: jax.Array, half: int) -> jax.Array:
-    """The value of the pool between the halves of each block; any, if they are in order."""
-    return _pool_of_few(x, half) if half <= 4 else _pool_of_many(x, half)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _pool(x: jax.Array, half: int, infinite: bool = False) -> jax.Array:
+    """The value of the pool between the halves of each block; any, if they are in order.
+
+    The ends of blocks may be `infinite`: then no sums over them are taken.
+    """
+    return _pool_of_few(x, half) if half <= 4 and not infinite else _pool_of_many(x, half)
 
 
 @_pool.defjvp
-def _pool_jvp(half, primals, tangents):
+def _pool_jvp(half, infinite, primals, tangents):
     (x,), (dx,) = primals, tangents
-    pool = _pool(x, half)
+    pool = _pool(x, half, infinite)
     pooled = _pooled(x, pool, half)
     total = jnp.sum(jnp.where(pooled, dx, 0), axis=1, keepdims=True)
     return pool, total / jnp.maximum(jnp.sum(pooled, axis=1, keepdims=True), 1).astype(dx.dtype)

@@ -195,17 +195,24 @@ def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array
     """
     size = jnp.full_like(start, units.size(u) + 1, jnp.int32)
 
-    def step(state):
-        threshold, active, _ = state
+    def moved(u: Parts, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
         inside = _each(lambda u, free: free | (u > threshold), u, free)
         now = units.count(inside)
         rest = units.sum(_each(lambda u, i: jnp.where(i, u - threshold, 0), u, inside))
         rest = rest / jnp.maximum(now, 1).astype(rest.dtype)
-        # A threshold that has settled takes one more step, against rounding.
-        return threshold + jnp.where(now > 0, rest, 0), now, now < active
+        return threshold + jnp.where(now > 0, rest, 0), now
+
+    fixed, start = lax.stop_gradient((u, start))
+
+    def step(state):
+        threshold, active, _ = state
+        threshold, now = moved(fixed, threshold)
+        return threshold, now, now < active
 
     more = jnp.ones_like(size, bool)
-    return lax.while_loop(lambda s: jnp.any(s[-1]), step, (start, size, more))[0]
+    settled = lax.while_loop(lambda s: jnp.any(s[-1]), step, (start, size, more))[0]
+    # One more step, against rounding, and for the derivative, which loops have not in reverse.
+    return moved(u, settled)[0]
 
 
 class _ThresholdSet(InParts, UnitSet):
