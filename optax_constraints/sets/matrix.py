@@ -550,8 +550,10 @@ def _along_birkhoff_one(free: jax.Array, b: jax.Array) -> jax.Array:
     b = jnp.where(largest < jnp.inf, b * _exp2(-exponent, b.dtype), jnp.nan)
     b = b - jnp.mean(b, axis=1, keepdims=True)
     b = b - jnp.mean(b, axis=0, keepdims=True)
-    x = _ascend(b, jnp.max(jnp.abs(b)), free, 0)
-    return _balanced(x, free | (x > 0)) * _exp2(exponent, b.dtype)
+    # The loop says which entries move; what follows has derivatives in reverse, too.
+    fixed = lax.stop_gradient(b)
+    x = _ascend(fixed, jnp.max(jnp.abs(fixed)), free, 0)
+    return _balanced(b, free | (x > 0)) * _exp2(exponent, b.dtype)
 
 
 _along_birkhoff = jax.jit(jnp.vectorize(_along_birkhoff_one, signature="(n,n),(n,n)->(n,n)"))
