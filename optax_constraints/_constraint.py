@@ -155,7 +155,9 @@ class Constraint:
     @property
     def has_tangent(self) -> bool:
         """Whether `tangent` knows the directions that stay in the set."""
-        return self.smooth or type(self).tangent is not Constraint.tangent
+        own = type(self)
+        cone = self.convex and own._along is not Constraint._along
+        return self.smooth or cone or own.tangent is not Constraint.tangent
 
     def tangent(
         self,
@@ -180,10 +182,15 @@ class Constraint:
         Returns:
             The tangent part, in the dtype of `v`.
         """
-        del memory, slack
         w, v = jnp.asarray(w), jnp.asarray(v)
         dtype = compute_dtype(w.dtype, v.dtype)
-        return jax.jvp(self, (w.astype(dtype),), (v.astype(dtype),))[1].astype(v.dtype)
+        along = self._along(w, v.astype(dtype), memory, jnp.asarray(slack, dtype))
+        return along.astype(v.dtype)
+
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
+        """`tangent` of a vector in a dtype in which sums are taken, float32 or wider."""
+        del memory, slack
+        return jax.jvp(self, (w.astype(v.dtype),), (v,))[1]
 
     def at(self, step: jax.typing.ArrayLike) -> "Constraint":
         """This constraint with each schedule replaced by its value.

@@ -148,40 +148,28 @@ class InParts(Constraint):
         """Projects the units of what the terms sum to."""
         raise NotImplementedError
 
-    @property
-    def has_tangent(self) -> bool:
-        """Whether the set is smooth or convex."""
-        return self.smooth or self.convex
-
-    def tangent(
-        self,
-        w: jax.typing.ArrayLike,
-        v: jax.typing.ArrayLike,
-        memory: Any = (),
-        *,
-        slack: jax.typing.ArrayLike = 0.0,
-    ) -> jax.Array:
-        """Each unit without what leads out of the set; sums are taken in float32 or wider."""
-        w, v = jnp.asarray(w), jnp.asarray(v)
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         units = cast(UnitSet, self)._units(w)
-        return self._tangent_of((w,), (v,), units, memory, slack)[0]
+        return self._along_in((w,), (v,), units, memory, slack)[0]
 
     def tangent_parts(self, w: Parts, v: Parts, memory: Any, slack: Any) -> Parts:
         """`tangent` of the vector."""
-        return self._tangent_of(w, v, Units.one(w), memory, slack)
-
-    def _tangent_of(self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any) -> Parts:
         dtype = _numerics.compute_dtype(*(part.dtype for part in (*w, *v)))
-        wide, along = (tuple(part.astype(dtype) for part in parts) for parts in (w, v))
-        if units.size(w):
-            rounding = max(_numerics.eps(part.dtype) for part in w)
-            along = self._along(wide, along, units, memory, slack, rounding)
+        wide = tuple(part.astype(dtype) for part in v)
+        along = self._along_in(w, wide, Units.one(w), memory, slack)
         return tuple(new.astype(part.dtype) for new, part in zip(along, v, strict=True))
 
-    def _along(
+    def _along_in(self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any) -> Parts:
+        if not units.size(w):
+            return v
+        wide = tuple(part.astype(like.dtype) for part, like in zip(w, v, strict=True))
+        rounding = max(_numerics.eps(part.dtype) for part in w)
+        return self._along_parts(wide, v, units, memory, slack, rounding)
+
+    def _along_parts(
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
-        """`tangent` in a dtype in which sums are taken, of weights that are rounded to another."""
+        """`_along` of units, in wide weights that were rounded to an epsilon."""
         raise NotImplementedError
 
 
@@ -255,34 +243,21 @@ class MatrixSet(Constraint):
         matrices, restore = self._matrices(w)
         return restore(self._project(matrices)).astype(w.dtype)
 
-    @property
-    def has_tangent(self) -> bool:
-        """Whether the set is smooth or convex."""
-        return self.smooth or self.convex
-
-    def tangent(
-        self,
-        w: jax.typing.ArrayLike,
-        v: jax.typing.ArrayLike,
-        memory: Any = (),
-        *,
-        slack: jax.typing.ArrayLike = 0.0,
-    ) -> jax.Array:
-        """Each matrix without what leads out of the set; computes in float32 or wider."""
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         del memory
-        w, v = jnp.asarray(w), jnp.asarray(v)
-        dtype = _numerics.compute_dtype(w.dtype, v.dtype)
         rounding = _numerics.eps(w.dtype)
 
-        def tangent(w: jax.Array, v: jax.Array, this: MatrixSet, slack: Any) -> jax.Array:
-            a, _ = this._matrices(w.astype(dtype))
-            b, restore = this._matrices(v.astype(dtype))
-            return restore(this._along(a, b, slack, rounding) if a.size else b).astype(v.dtype)
+        def along(w: jax.Array, v: jax.Array, this: MatrixSet, slack: Any) -> jax.Array:
+            a, _ = this._matrices(w.astype(v.dtype))
+            b, restore = this._matrices(v)
+            return restore(this._along_matrices(a, b, slack, rounding) if a.size else b)
 
-        return automatic(tangent, w, v, self, jnp.asarray(slack, dtype))
+        return automatic(along, w, v, self, slack)
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
-        """`tangent` of matrices whose weights are rounded to another dtype."""
+    def _along_matrices(
+        self, a: jax.Array, b: jax.Array, slack: jax.Array, rounding: float
+    ) -> jax.Array:
+        """`_along` of matrices (..., rows, columns) whose weights were rounded to an epsilon."""
         raise NotImplementedError
 
     def _touches(self, w: jax.Array) -> jax.Array | None:

@@ -28,25 +28,12 @@ class _Elementwise(Constraint):
     elementwise = True
     convex = True
 
-    @property
-    def has_tangent(self) -> bool:
-        """Whether the set is convex."""
-        return self.convex
-
-    def tangent(
-        self,
-        w: jax.typing.ArrayLike,
-        v: jax.typing.ArrayLike,
-        memory: Any = (),
-        *,
-        slack: jax.typing.ArrayLike = 0.0,
-    ) -> jax.Array:
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         """Without what leads out of the set from entries that are at a bound, to the bit."""
         if self.smooth:
-            return super().tangent(w, v, memory, slack=slack)
-        w, v = jnp.asarray(w), jnp.asarray(v)
+            return super()._along(w, v, memory, slack)
+        slack = slack.astype(w.dtype)
         lower, upper = self._bounds(w)
-        slack = jnp.asarray(slack).astype(w.dtype)
         if lower is not None:
             v = jnp.where(w <= lower + slack, jnp.maximum(v, 0), v)
         if upper is not None:

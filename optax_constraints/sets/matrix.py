@@ -58,7 +58,7 @@ class _Mirrored(MatrixSet):
     def _mirror(self, a: jax.Array) -> jax.Array:
         return self.sign * _transpose(a)
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         del a, slack, rounding
         return b / 2 + self._mirror(b) / 2
 
@@ -178,7 +178,7 @@ class PositiveSemidefinite(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _project_positive(a, value(self.min_eigenvalue, a.dtype)) if a.size else a
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         # On the eigenvectors at the bound, eigenvalues may only grow.
         vectors, values, own = _eigen(a)
         near = own + 2 * rounding * jnp.max(jnp.abs(values), axis=-1, keepdims=True) + slack
@@ -337,7 +337,7 @@ class DoublyStochastic(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _nearest_doubly_stochastic(a) if a.size else a
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         del rounding
         # What the projection makes of a zero can be the rounding of its potentials.
         return _along_birkhoff(a > slack + 8 * _numerics.eps(a.dtype), b)

@@ -89,7 +89,7 @@ class _NormSet(InParts, UnitSet):
         """The largest norm."""
         raise NotImplementedError
 
-    def _along(
+    def _along_parts(
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
         # Both sums in one pass. A norm whose square over- or underflows counts as zero.

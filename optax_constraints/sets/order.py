@@ -114,28 +114,16 @@ class Monotone(_LineSet):
         target = automatic(lambda w: _sorted(w, axis), sign * wide)
         return (sign * target).astype(w.dtype)
 
-    def tangent(
-        self,
-        w: jax.typing.ArrayLike,
-        v: jax.typing.ArrayLike,
-        memory: Any = (),
-        *,
-        slack: jax.typing.ArrayLike = 0.0,
-    ) -> jax.Array:
-        """The vector, sorted where neighbours are equal, by pooling within them.
-
-        Equal are neighbours that differ by less than 4 machine epsilons of the largest entry.
-        """
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
+        """The vector, sorted where neighbours are equal, by pooling within them."""
         del memory
-        w, v = jnp.asarray(w), jnp.asarray(v)
         axis = self._check(None, w.shape, self._widen(w)[1])
         if w.shape[axis] < 2 or not w.size:
             return v
-        dtype = _numerics.compute_dtype(w.dtype, v.dtype)
-        rounding = 4 * _numerics.eps(w.dtype)
         sign = 1 if self.increasing else -1
+        rounding = 4 * _numerics.eps(w.dtype)
 
-        def tangent(w: jax.Array, v: jax.Array, slack: Any) -> jax.Array:
+        def along(w: jax.Array, v: jax.Array, slack: jax.Array) -> jax.Array:
             largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
             apart = jnp.diff(w, axis=axis) > rounding * largest + slack
             runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
@@ -144,10 +132,7 @@ class Monotone(_LineSet):
             )
             return _sorted(v, axis, runs)
 
-        target = automatic(
-            tangent, sign * w.astype(dtype), sign * v.astype(dtype), jnp.asarray(slack, dtype)
-        )
-        return (sign * target).astype(v.dtype)
+        return sign * automatic(along, sign * w.astype(v.dtype), sign * v, slack)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal neighbours."""

@@ -276,7 +276,7 @@ class Simplex(_ThresholdSet):
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
         return _onto_simplex(terms, value(self.total, dtype), units)
 
-    def _along(
+    def _along_parts(
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
         # Entries that are zero may only grow, and what the others lose they gain.
@@ -332,7 +332,7 @@ class L1Ball(_ThresholdSet):
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
         return _onto_l1_ball(terms, value(self.radius, dtype), units)
 
-    def _along(
+    def _along_parts(
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
         total = units.sum(_each(jnp.abs, w))
@@ -661,22 +661,14 @@ class HalfSpace(_NormalSet):
         near = _is_near(wide, normal, above, axis, rounding)
         return near | (above + slack > 0)
 
-    def tangent(
-        self,
-        w: jax.typing.ArrayLike,
-        v: jax.typing.ArrayLike,
-        memory: Any = (),
-        *,
-        slack: jax.typing.ArrayLike = 0.0,
-    ) -> jax.Array:
-        """Each unit on the plane without what leads above it; sums are in float32 or wider."""
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
+        """Each unit on the plane without what leads above it."""
         del memory
-        w, v = jnp.asarray(w), jnp.asarray(v)
-        wide, axis = self._widen(v)
-        normal, _ = self._plane(wide)
-        near = self._reaches(w, 2 * _numerics.eps(w.dtype) + _tolerance(wide), slack)
-        up = jnp.where(near, _above(wide, normal, 0 * normal, axis), 0)
-        return _lower(wide, normal, jnp.maximum(up, 0)).astype(v.dtype)
+        axis = self._axes(v)
+        normal, _ = self._plane(v)
+        near = self._reaches(w, 2 * _numerics.eps(w.dtype) + _tolerance(v), slack)
+        up = jnp.where(near, _above(v, normal, 0 * normal, axis), 0)
+        return _lower(v, normal, jnp.maximum(up, 0))
 
 
 half_space = HalfSpace

@@ -76,12 +76,12 @@ class Orthogonal(MatrixSet):
             return jnp.swapaxes(_orthogonal(jnp.swapaxes(a, -1, -2), scale), -1, -2)
         return _orthogonal(a, scale)
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         """``V - W (W^T V + V^T W) / 2``, of a wide matrix its transpose."""
         del slack, rounding
         if a.shape[-2] < a.shape[-1]:
             a, b = jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2)
-            return jnp.swapaxes(self._along(a, b, 0, 0), -1, -2)
+            return jnp.swapaxes(self._along_matrices(a, b, 0, 0), -1, -2)
         scale = value(self.scale, a.dtype)
         q = jnp.where(scale > 0, a / jnp.where(scale > 0, scale, 1), 0)
         inner = _matmul(jnp.swapaxes(q, -1, -2), b)
@@ -137,7 +137,7 @@ class MaxSpectralNorm(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         bound = value(self.max_value, a.dtype)
         low = bound * (1 - 2 * (rounding + _tolerance(a))) - slack
         inside = jnp.all(_surely_inside(a, low) & (low > 0))
@@ -188,7 +188,7 @@ class NuclearNormBall(MatrixSet):
     def _project(self, a: jax.Array) -> jax.Array:
         return _spectral(_threshold, a, value(self.radius, a.dtype)) if a.size else a
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         radius = value(self.radius, a.dtype)
         return _towards_lower_sum(a, b, radius, slack, 2 * (rounding + _tolerance(a)))
 
@@ -267,7 +267,7 @@ class LowRank(MatrixSet):
             return a
         return _spectral(_truncate, a, value(self.rank, a.dtype)) if a.size else a
 
-    def _along(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
+    def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         del slack, rounding
         factors = _svd(a * _down(a))
         count = lax.broadcasted_iota(a.dtype, factors.s.shape, factors.s.ndim - 1)
