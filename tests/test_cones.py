@@ -425,6 +425,17 @@ def test_a_convex_set_of_ones_own():
         np.testing.assert_allclose(updates, [0, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize("constraint", [oc.simplex(), oc.l1_ball(0.5)], ids=str)
+def test_what_leads_straight_out_comes_to_an_end(constraint):
+    # As the gradient at an optimum: the threshold is what all free entries have, up to rounding,
+    # so that some pass it in one step and not in the next.
+    w = constraint(normal((3, 2000), 0))
+    v = normal((3, 2000), 1) + w
+    out = v - constraint.tangent(w, v)
+    assert np.max(np.abs(out)) > 0.1
+    np.testing.assert_allclose(constraint.tangent(w, out), 0, atol=1e-6)
+
+
 @functools.cache
 def compiled():
     return jax.jit(lambda c, w, v: c.tangent(w, v))

@@ -205,12 +205,14 @@ def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array
     fixed, start = lax.stop_gradient((u, start))
 
     def step(state):
-        threshold, active, _ = state
-        threshold, now = moved(fixed, threshold)
-        return threshold, now, now < active
+        threshold, active, done = state
+        further, now = moved(fixed, threshold)
+        # What has settled stays: by rounding, an entry at the threshold could come and go.
+        done = done | (now >= active)
+        return jnp.where(done, threshold, further), now, done
 
-    more = jnp.ones_like(size, bool)
-    settled = lax.while_loop(lambda s: jnp.any(s[-1]), step, (start, size, more))[0]
+    start = start, size, jnp.zeros_like(size, bool)
+    settled = lax.while_loop(lambda state: ~jnp.all(state[-1]), step, start)[0]
     # One more step, against rounding, and for the derivative, which loops have not in reverse.
     return moved(u, settled)[0]
 
