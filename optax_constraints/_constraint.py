@@ -304,6 +304,23 @@ class Constraint:
         del params, updates, memory
         return None
 
+    def taken(
+        self, params: Any, prepared: Any, memory: Any = ()
+    ) -> tuple[jax.Array, jax.Array | None] | None:
+        """What `prepare` already knows for statistics, so that they need no pass for it.
+
+        Args:
+            params: The weights, in the dtype in which their sums are taken.
+            prepared: What `prepare` returned.
+            memory: What is remembered of the leaf.
+
+        Returns:
+            The norm of what the projection takes away, and what `on_bound` says after it; or
+            None if that is not known.
+        """
+        del params, prepared, memory
+        return None
+
     def update(
         self, params: Any, updates: Any, memory: Any = (), prepared: Any = None
     ) -> tuple[Any, Any]:

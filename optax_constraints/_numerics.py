@@ -42,12 +42,29 @@ def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | 
     J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
     ACM TOMS 4(1), 1978, without its branches. Powers of two scale exactly.
     """
-    exponent = 3 * int(jnp.finfo(x.dtype).maxexp) // 4
-    down, up = 2.0**-exponent, 2.0**exponent
-    huge = jnp.sqrt(sum_of_squares(x * down, axis)) * up
-    tiny = jnp.sqrt(sum_of_squares(x * up, axis)) * down
-    norm = jnp.where(squares == jnp.inf, huge, jnp.sqrt(squares))
-    return jnp.where(_may_have_underflowed(squares), tiny, norm)
+    down, up = _scales(x.dtype)
+    huge, tiny = (sum_of_squares(x * scale, axis) for scale in (down, up))
+    return norm_by_sums(squares, huge, tiny)
+
+
+def _scales(dtype: jnp.dtype) -> tuple[float, float]:
+    exponent = 3 * int(jnp.finfo(dtype).maxexp) // 4
+    return 2.0**-exponent, 2.0**exponent
+
+
+def in_three_ranges(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Entries as they are, scaled down, and scaled up, of whose squares to take the sums."""
+    down, up = _scales(x.dtype)
+    # Where the third sum counts all entries are smaller than that.
+    least = up**-0.5
+    return x, x * down, jnp.clip(x, -least, least) * up
+
+
+def norm_by_sums(squares: jax.Array, huge: jax.Array, tiny: jax.Array) -> jax.Array:
+    """The norm from the sums of squares in three ranges."""
+    down, up = _scales(squares.dtype)
+    norm = jnp.where(squares == jnp.inf, jnp.sqrt(huge) * up, jnp.sqrt(squares))
+    return jnp.where(_may_have_underflowed(squares), jnp.sqrt(tiny) * down, norm)
 
 
 def _may_have_underflowed(squares: jax.Array) -> jax.Array:

@@ -105,23 +105,29 @@ def project(
         keep_dtype = called_from_optax(*_CONDITIONS)
 
         def projected(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
-            before = None
+            before, measured = None, []
 
             def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
                 nonlocal before
+                if stats and constraint.elementwise:
+                    measured.append(_stats.of_entries(constraint, p, u, own))
+                    # Before the weights move, of which XLA would otherwise keep a copy.
+                    u = jax.tree.map(lambda u: in_turn(u, measured[-1].update[None]), u)
                 if constraint.unitwise:
                     u = jax.tree.map(lambda u: in_turn(u, before), u)
                 prepared = constraint.prepare(p, u, own)
                 before = before if prepared is None else prepared
-                moved, own = constraint.update(p, u, own, prepared)
+                moved, kept = constraint.update(p, u, own, prepared)
                 if keep_dtype:
                     moved = _narrowed(constraint, p, moved, u)
-                return moved, own
+                if stats and not constraint.elementwise:
+                    measured.append(_stats.of_update(constraint, p, u, moved, own, prepared))
+                return moved, kept
 
             now: Any = {"step": state.updates_seen, "extra": extra}
             new, memory = bound.map(move, params, memory, updates=updates, **now)
             if stats:
-                shown = _stats.of_updates(bound, params, updates, new, shown, **now)
+                shown = _stats.renewed(shown, bound, params, updates, measured)
             return new, memory, shown
 
         def passed(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:

@@ -1,14 +1,22 @@
 """Live statistics: how hard each constraint binds, computed inside the training step."""
 
 import contextlib
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optax_constraints._constraint import Constraint, moved
-from optax_constraints._numerics import compute_dtype, norm, widest
+from optax_constraints._numerics import (
+    compute_dtype,
+    in_three_ranges,
+    norm_by_sums,
+    widest,
+)
 from optax_constraints._rules import Binder
 from optax_constraints._text import shown
 from optax_constraints._trees import OtherStructureError, rearranged, without_boxes, without_saved
@@ -147,29 +155,52 @@ def kept(old: Any, memory: dict[str, Any], own: dict[str, LeafStats]) -> Any:
     return new
 
 
-def of_updates(
+def of_update(
+    constraint: Constraint, params: Any, update: Any, projected: Any, memory: Any, prepared: Any
+) -> LeafStats:
+    """The statistics of one leaf or group, whose update was replaced by another.
+
+    Args:
+        constraint: The constraint with its numbers at this step.
+        params: The weights before the step.
+        update: The update that came in.
+        projected: The update that goes out.
+        memory: What is remembered of the leaf.
+        prepared: What `prepare` returned.
+
+    Returns:
+        The statistics.
+    """
+    wide = all(p.dtype == compute_dtype(p.dtype) for p in jax.tree.leaves(params))
+    if wide and (known := constraint.taken(params, prepared, memory)) is not None:
+        return _measured(update, None, *known)
+    without = jax.tree.map(moved, params, update)
+    weights = jax.tree.map(moved, params, projected)
+    return _of_step(constraint, update, without, weights)
+
+
+def of_entries(constraint: Constraint, params: Any, update: Any, memory: Any) -> LeafStats:
+    """`of_update` of an elementwise set, whose projection costs less than to wait for it."""
+    without = jax.tree.map(moved, params, update)
+    return _of_step(constraint, update, without, constraint.aim(without, memory)[0])
+
+
+def renewed(
+    before: dict[str, LeafStats],
     bound: Bindings,
     params: Any,
     updates: Any,
-    projected: Any,
-    before: dict[str, LeafStats],
-    *,
-    step: jax.typing.ArrayLike,
-    extra: Mapping[str, Any] | None,
+    measured: list[LeafStats],
 ) -> dict[str, LeafStats]:
-    """The statistics of a step that replaced updates by others; without an update those before."""
-    treedef = jax.tree.structure(params)
-    came, went = treedef.flatten_up_to(updates), treedef.flatten_up_to(projected)
-    new = dict(before)
-    visits = bound.visits(params, {}, step=step, extra=extra)
-    for (key, leaf), visit in zip(bound.keyed, visits, strict=True):
-        if visit.constraint is None or any(is_absent(came[place]) for place in leaf.places):
-            continue
-        update = jax.tree.map(jnp.asarray, leaf.of(came))
-        without = jax.tree.map(moved, visit.weights, update)
-        weights = jax.tree.map(moved, visit.weights, leaf.of(went))
-        new[key] = _measured(visit.constraint, update, without, weights, before[key])
-    return new
+    """Statistics with those of the leaves that moved, in the order of the tree."""
+    came = jax.tree.structure(params).flatten_up_to(updates)
+    moving = [
+        key
+        for key, leaf in bound.keyed
+        if leaf.constraint is not None and not any(is_absent(came[place]) for place in leaf.places)
+    ]
+    new = zip(moving, measured, strict=True)
+    return {**before, **{key: _like(before[key], own) for key, own in new}}
 
 
 def of_weights(
@@ -190,35 +221,32 @@ def of_weights(
         if visit.constraint is not None:
             were, are = leaf.of(before), leaf.of(without)
             update = jax.tree.map(_minus, are, were)
-            new[key] = _measured(visit.constraint, update, are, visit.weights, new[key])
+            own = _of_step(visit.constraint, update, are, visit.weights)
+            new[key] = _like(new[key], own)
     return new
 
 
-def _measured(
-    constraint: Constraint, update: Any, without: Any, weights: Any, like: LeafStats
-) -> LeafStats:
-    """The statistics of one leaf or group.
-
-    Args:
-        constraint: The constraint with its numbers at this step.
-        update: The update.
-        without: The weights as they would be without the projection.
-        weights: The weights as they are.
-        like: Statistics of the dtypes that these are to have.
-
-    Returns:
-        The statistics.
-    """
+def _of_step(constraint: Constraint, update: Any, without: Any, weights: Any) -> LeafStats:
+    """The statistics of one leaf or group, from the weights without the projection and with it."""
     without, weights = (jax.tree.map(_stored, tree) for tree in (without, weights))
-    at_bound = constraint.on_bound(weights)
-    new = LeafStats(
-        _norm(update),
-        # Not of the difference of updates, in which the rounding of each is left.
-        _norm(jax.tree.map(_minus, without, weights)),
-        jnp.int32(0 if at_bound is None else at_bound.size),
-        jnp.int32(-1) if at_bound is None else jnp.sum(at_bound, dtype=jnp.int32),
-    )
-    return jax.tree.map(lambda x, z: x.astype(z.dtype), new, like)
+    # Not of the difference of updates, in which the rounding of each is left.
+    correction = jax.tree.map(_minus, without, weights)
+    return _measured(update, correction, None, constraint.on_bound(weights))
+
+
+def _measured(
+    update: Any, correction: Any, known: jax.Array | None, at_bound: jax.Array | None
+) -> LeafStats:
+    """The statistics, of a correction whose norm is known or not."""
+    trees = (update,) if known is not None else (update, correction)
+    norms, count = _in_one_pass(trees, at_bound)
+    units = jnp.int32(0 if at_bound is None else at_bound.size)
+    return LeafStats(norms[0], norms[-1] if known is None else known, units, count)
+
+
+def _like(old: LeafStats, new: LeafStats) -> LeafStats:
+    """The new statistics in the dtypes of the old."""
+    return jax.tree.map(lambda x, z: x.astype(z.dtype), new, old)
 
 
 def _stored(w: jax.Array) -> jax.Array:
@@ -234,11 +262,46 @@ def _minus(a: jax.Array, b: jax.Array) -> jax.Array:
     return a.astype(dtype) - b.astype(dtype)
 
 
-def _norm(arrays: Any) -> jax.Array:
-    """Euclidean norm of one array, or of those of a group together."""
-    wide = [x.astype(compute_dtype(x.dtype)) for x in jax.tree.leaves(arrays)]
-    own = [norm(x, None).reshape(()) for x in wide]
-    if len(own) == 1:
-        return own[0]
+def _in_one_pass(
+    trees: Sequence[Any], at_bound: jax.Array | None
+) -> tuple[list[jax.Array], jax.Array]:
+    """The norms of trees of arrays, and how many bools are true, or -1 without any.
+
+    XLA's CPU backend would take one sum after the other, and keep copies of what all of them read.
+    """
+    count, sums = jnp.int32(-1), []
+    for arrays in zip(*map(jax.tree.leaves, trees), strict=True):
+        dtype = compute_dtype(*(x.dtype for x in arrays))
+        terms = [jnp.square(x) for own in arrays for x in in_three_ranges(own.astype(dtype))]
+        if at_bound is not None and at_bound.shape == arrays[0].shape:
+            *own, count = _sums(*terms, at_bound.astype(jnp.int32))
+            at_bound = None
+        else:
+            own = _sums(*terms)
+        sums.append(own)
+    if at_bound is not None:
+        count = jnp.sum(at_bound, dtype=jnp.int32)
+    total = [_total(*own) for own in zip(*sums, strict=True)]
+    return [norm_by_sums(*total[i : i + 3]) for i in range(0, len(total), 3)], count
+
+
+def _total(*own: jax.Array) -> jax.Array:
     dtype = widest(*(x.dtype for x in own))
-    return norm(jnp.stack([x.astype(dtype) for x in own]), None).reshape(())
+    return functools.reduce(operator.add, (x.astype(dtype) for x in own))
+
+
+def _sums(*terms: jax.Array) -> list[jax.Array]:
+    """The sums over arrays of one shape."""
+
+    def together(*terms: jax.Array) -> Any:
+        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+        last = (terms[0].ndim - 1,)
+        return lax.reduce(terms, zeros, lambda a, b: tuple(map(operator.add, a, b)), last)
+
+    def apart(*terms: jax.Array) -> Any:
+        return tuple(jnp.sum(x, axis=-1, dtype=x.dtype) for x in terms)
+
+    rows = lax.stop_gradient(terms)
+    if rows[0].ndim:
+        rows = lax.platform_dependent(*rows, cpu=together, default=apart)
+    return [jnp.sum(x, dtype=x.dtype) for x in rows]

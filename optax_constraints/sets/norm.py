@@ -192,17 +192,21 @@ class _NormSet(InParts, UnitSet):
         return tuple(_scaled(part, scale) for part in parts), memory
 
     def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> jax.Array:
-        """The factor of each unit of the sum."""
-        return self._factor((params,), (updates,), memory, self._units(params))
+        """The norm of each unit of the sum."""
+        del memory
+        return self._norms_of_sum((params,), (updates,), self._units(params))
 
     def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> jax.Array:
-        """The factor of the vector."""
-        return self._factor(params, updates, memory, Units.one(params))
+        """The norm of the vector."""
+        del memory
+        return self._norms_of_sum(params, updates, Units.one(params))
 
-    def _factor(self, params: Parts, updates: Parts, memory: Any, units: Units) -> jax.Array:
+    def _norms_of_sum(self, params: Parts, updates: Parts, units: Units) -> jax.Array:
         limit = _square_limit(self._size(params, units))
         total = tuple(_limited_sum(p, u, limit) for p, u in zip(params, updates, strict=True))
-        norm = self._norms(total, units, _numerics.plain_norm)
+        return self._norms(total, units, _numerics.plain_norm)
+
+    def _factor(self, norm: jax.Array, memory: Any) -> jax.Array:
         return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
 
     def update(
@@ -217,18 +221,42 @@ class _NormSet(InParts, UnitSet):
         square underflows, with a norm below 1e-19 or so, counts as zero. An infinite entry
         makes NaN of its unit, as it does without the limit.
         """
-        scale = self.prepare(params, updates, memory) if prepared is None else prepared
+        norm = self.prepare(params, updates, memory) if prepared is None else prepared
         limit = _square_limit(self._size((params,), self._units(params)))
-        return _scaled_update(params, updates, limit, scale), memory
+        return _scaled_update(params, updates, limit, self._factor(norm, memory)), memory
 
     def update_parts(
         self, params: Parts, updates: Parts, memory: Any, prepared: Any
     ) -> tuple[Parts, Any]:
         """The update of a vector, as for one leaf."""
-        scale = self.prepare_parts(params, updates, memory) if prepared is None else prepared
-        limit = _square_limit(self._size(params, Units.one(params)))
+        norm = self.prepare_parts(params, updates, memory) if prepared is None else prepared
+        scale, limit = (
+            self._factor(norm, memory),
+            _square_limit(self._size(params, Units.one(params))),
+        )
         pairs = zip(params, updates, strict=True)
         return tuple(_scaled_update(p, u, limit, scale) for p, u in pairs), memory
+
+    def taken(
+        self, params: Any, prepared: Any, memory: Any = ()
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """From the norms of the sum."""
+        parts = params if isinstance(params, tuple) else (params,)
+        units = Units.one(parts) if isinstance(params, tuple) else self._units(params)
+        scale = self._factor(prepared, memory)
+        lengths = prepared * self._one(self._size(parts, units)) * jnp.abs(1 - scale)
+        at_bound = self._reaches(prepared * scale, prepared.dtype)
+        return _numerics.norm(lengths, None).reshape(()), at_bound
+
+    def on_bound(self, w: jax.Array) -> jax.Array | None:
+        """The units whose norm is a bound, up to rounding; None if that is relative to init."""
+        return self._reaches(self._norm(w), w.dtype)
+
+    def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
+        """Whether a norm of allowed weights is at a bound, as far as their dtype can tell."""
+        if self.remembers:
+            return None
+        return norm >= self._bound(norm.dtype, norm) * (1 - 2 * _numerics.eps(dtype))
 
 
 def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
@@ -336,10 +364,6 @@ class MaxNorm(_NormSet):
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
 
-    def on_bound(self, w: jax.Array) -> jax.Array | None:
-        """The units whose norm is the bound, up to rounding; None if it is relative."""
-        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
-
 
 max_norm = MaxNorm
 
@@ -382,10 +406,6 @@ class MaxRMS(_NormSet):
 
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
-
-    def on_bound(self, w: jax.Array) -> jax.Array | None:
-        """The units whose root mean square is the bound, up to rounding; None if relative."""
-        return None if self.remembers else _reaches(self._norm(w), self.max_value, w.dtype)
 
 
 max_rms = MaxRMS
@@ -467,13 +487,10 @@ class MinMaxNorm(_NormSet):
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
 
-    def on_bound(self, w: jax.Array) -> jax.Array | None:
-        """The units whose norm is one of the bounds, up to rounding; None if one is relative."""
-        if self.remembers:
-            return None
-        norm = self._norm(w)
-        low = norm <= value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(w.dtype))
-        return low | _reaches(norm, self.max_value, w.dtype)
+    def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
+        high = super()._reaches(norm, dtype)
+        low = value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(dtype))
+        return None if high is None else high | (norm <= low)
 
 
 min_max_norm = MinMaxNorm
@@ -517,9 +534,10 @@ class UnitNorm(_NormSet):
         del at_init
         return jnp.ones((), dtype)
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w) > 0
+        del dtype
+        return norm > 0
 
 
 unit_norm = UnitNorm
@@ -566,17 +584,13 @@ class FixedNorm(_NormSet):
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.value, dtype, at_init)
 
-    def on_bound(self, w: jax.Array) -> jax.Array:
+    def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """All units but those of zeros."""
-        return self._norm(w) > 0
+        del dtype
+        return norm > 0
 
 
 fixed_norm = FixedNorm
-
-
-def _reaches(norm: jax.Array, bound: Number, dtype: jnp.dtype) -> jax.Array:
-    """Whether a norm is at or above a bound, as far as `dtype` can tell."""
-    return norm >= value(bound, norm.dtype) * (1 - 2 * _numerics.eps(dtype))
 
 
 def _square_limit(size: int) -> Callable[[Any], float]:

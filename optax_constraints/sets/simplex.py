@@ -211,8 +211,8 @@ def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array
         done = done | (now >= active)
         return jnp.where(done, threshold, further), now, done
 
-    start = start, size, jnp.zeros_like(size, bool)
-    settled = lax.while_loop(lambda state: ~jnp.all(state[-1]), step, start)[0]
+    first = start, size, jnp.zeros_like(size, bool)
+    settled = lax.while_loop(lambda state: ~jnp.all(state[-1]), step, first)[0]
     # One more step, against rounding, and for the derivative, which loops have not in reverse.
     return moved(u, settled)[0]
 
