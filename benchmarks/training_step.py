@@ -4,12 +4,14 @@ The model is an MLP of four 2048x2048 tanh layers, on a batch of 64, with Adam. 
 is compiled with its parameters and state donated. The variants take turns in one process, in
 another order each round, and ratios are medians of the ratios within a round, so that a
 machine that gets slower or faster on the way does not favour one. Keras trains the same model
-with its own `fit`, and is compared only with itself.
+with its own `fit`, and is compared only with itself. The steps under `orthogonal` are of the
+optimizer alone, on one 512x512 matrix.
 
     python benchmarks/training_step.py [--quick]
 """
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -35,10 +37,15 @@ HAND_PARENTHESES = "the same, in parentheses"
 CONSTRAIN = "constrain, max_norm"
 CHAIN = "chain, max_norm"
 STATS = "chain, max_norm, stats"
+UNIT_NORM = "chain, unit_norm"
+PROJECTED = "projected, max_norm"
+PROJECTED_UNIT = "projected, unit_norm"
 NON_NEG = "chain, non_neg"
 NON_NEG_STATS = "chain, non_neg, stats"
 FIT = "Keras fit"
 FIT_MAX_NORM = "Keras fit, MaxNorm"
+ORTHOGONAL = "chain, orthogonal, alone"
+PROJECTED_ORTHOGONAL = "projected, orthogonal, alone"
 
 Variant = Callable[[], None]  # runs STEPS steps
 
@@ -76,11 +83,18 @@ def keras_formula_parentheses(w: jax.Array) -> jax.Array:
     return w * (jnp.clip(norm, 0, BOUND) / (1e-7 + norm))
 
 
+def chain(*projection: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.adam(1e-3), *projection)
+
+
+def projected(constraint: oc.Constraint) -> optax.GradientTransformation:
+    return oc.projected(optax.adam(1e-3), constraint)
+
+
 def make_step(
-    *projection: optax.GradientTransformation, after: Callable[[Any], Any] = lambda params: params
+    tx: optax.GradientTransformation, after: Callable[[Any], Any] = lambda params: params
 ) -> tuple[Variant, float]:
     """A training step: how to run it, and its temporary memory in leaves."""
-    tx = optax.chain(optax.adam(1e-3), *projection)
 
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
         grads = jax.grad(loss)(params, x, y)
@@ -101,6 +115,27 @@ def make_step(
 
     memory = compiled.memory_analysis()
     return run, memory.temp_size_in_bytes / LEAF_BYTES if memory else float("nan")
+
+
+def make_update(tx: optax.GradientTransformation) -> Variant:
+    """A step of the optimizer alone, on an orthogonal matrix and a gradient of noise."""
+    params = oc.orthogonal()(jax.random.normal(jax.random.key(0), (512, 512)))
+    grads = jax.random.normal(jax.random.key(1), params.shape)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: jax.Array, state: Any, grads: jax.Array) -> tuple[jax.Array, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state  # pyright: ignore[reportReturnType]
+
+    carry = params, tx.init(params)
+
+    def run() -> None:
+        nonlocal carry
+        for _ in range(STEPS):
+            carry = step(*carry, grads)
+        jax.block_until_ready(carry)
+
+    return run
 
 
 def make_fit(constraint: keras.constraints.Constraint | None) -> Variant:
@@ -162,26 +197,35 @@ def main() -> None:
 
     max_norm = oc.max_norm(BOUND)
     steps = {
-        NONE: make_step(),
-        HAND: make_step(after=lambda params: jax.tree.map(keras_formula, params)),
+        NONE: make_step(chain()),
+        HAND: make_step(chain(), lambda params: jax.tree.map(keras_formula, params)),
         HAND_PARENTHESES: make_step(
-            after=lambda params: jax.tree.map(keras_formula_parentheses, params)
+            chain(), lambda params: jax.tree.map(keras_formula_parentheses, params)
         ),
-        CONSTRAIN: make_step(after=lambda params: oc.constrain(params, max_norm)),
-        CHAIN: make_step(oc.project(max_norm)),
-        STATS: make_step(oc.project(max_norm, stats=True)),
-        NON_NEG: make_step(oc.project(oc.non_neg())),
-        NON_NEG_STATS: make_step(oc.project(oc.non_neg(), stats=True)),
-        "chain, unit_norm": make_step(oc.project(oc.unit_norm())),
-        "chain, min_max_norm": make_step(oc.project(oc.min_max_norm(0.5, BOUND))),
+        CONSTRAIN: make_step(chain(), lambda params: oc.constrain(params, max_norm)),
+        CHAIN: make_step(chain(oc.project(max_norm))),
+        STATS: make_step(chain(oc.project(max_norm, stats=True))),
+        PROJECTED: make_step(projected(max_norm)),
+        NON_NEG: make_step(chain(oc.project(oc.non_neg()))),
+        NON_NEG_STATS: make_step(chain(oc.project(oc.non_neg(), stats=True))),
+        UNIT_NORM: make_step(chain(oc.project(oc.unit_norm()))),
+        PROJECTED_UNIT: make_step(projected(oc.unit_norm())),
+        "chain, min_max_norm": make_step(chain(oc.project(oc.min_max_norm(0.5, BOUND)))),
     }
     leaves = {name: temporaries for name, (_, temporaries) in steps.items()}
     fits = {FIT: make_fit(None), FIT_MAX_NORM: make_fit(keras.constraints.MaxNorm(BOUND))}
-    times = measure({name: run for name, (run, _) in steps.items()} | fits, rounds)
+    alone = {
+        ORTHOGONAL: make_update(chain(oc.project(oc.orthogonal()))),
+        PROJECTED_ORTHOGONAL: make_update(projected(oc.orthogonal())),
+    }
+    times = measure({name: run for name, (run, _) in steps.items()} | fits | alone, rounds)
 
     hand = min((HAND, HAND_PARENTHESES), key=lambda name: float(np.median(times[name])))
     print(f"{'variant':28}{'ms':>8}{'to none':>10}{'to hand':>10}{'leaves':>9}")
     for name, values in times.items():
+        if name in alone:
+            print(f"{name:28}{np.median(values):8.1f}")
+            continue
         to_none = np.median(values / times[FIT if name in fits else NONE])
         row = f"{name:28}{np.median(values):8.1f}{to_none:10.3f}"
         if name in steps:
@@ -197,12 +241,16 @@ def main() -> None:
         ("chain to constrain", CHAIN, CONSTRAIN, 1.06, 1),
     ):
         print(verdict(what, times[one] / times[other], limit, leaves[one] - leaves[other], more))
-    for one, other in ((STATS, CHAIN), (NON_NEG_STATS, NON_NEG)):
+    for one, other in (
+        (STATS, CHAIN),
+        (NON_NEG_STATS, NON_NEG),
+        (PROJECTED, CHAIN),
+        (PROJECTED_UNIT, UNIT_NORM),
+        (PROJECTED_ORTHOGONAL, ORTHOGONAL),
+    ):
         median, low, high = interval(times[one] / times[other])
-        print(
-            f"{one!r} to {other!r}: time {median:.3f} ({low:.3f} to {high:.3f}), "
-            f"leaves {leaves[one] - leaves[other]:+.2f}"
-        )
+        more = f", leaves {leaves[one] - leaves[other]:+.2f}" if one in leaves else ""
+        print(f"{one!r} to {other!r}: time {median:.3f} ({low:.3f} to {high:.3f}){more}")
 
 
 if __name__ == "__main__":

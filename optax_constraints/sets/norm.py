@@ -94,7 +94,9 @@ class _NormSet(InParts, UnitSet):
     ) -> Parts:
         # Both sums in one pass. A norm whose square over- or underflows counts as zero.
         squares = self._over_devices(units.sum(tuple(map(jnp.square, w))))
-        inner = self._over_devices(units.sum(tuple(map(jnp.multiply, w, v))))
+        # A direction is the negative of a gradient: XLA's CPU backend would make an array of it.
+        against = tuple(map(jnp.negative, v))
+        inner = -self._over_devices(units.sum(tuple(map(jnp.multiply, w, against))))
         norm = jnp.sqrt(squares) / self._one(self._size(w, units))
         known = self.remembers and not isinstance(memory, tuple)
         at_init: Any = memory if known else norm
