@@ -3,7 +3,7 @@
 `ternary` and `sparse` train a classifier of handwritten digits whose kernels have three values, or
 two nonzeros in each four weights: the test accuracy of `straight_through` beside that of free
 weights and of `project`. `recurrent` and `sphere` ask whether `projected` ends lower for carrying
-momentum along: a recurrent network with an orthogonal kernel that copies symbols over a delay, and
+momentum along, at several rates: a recurrent network with an orthogonal kernel that copies symbols over a delay, and
 a classifier of digits whose weights and activations live on spheres. Each prints a table; the
 trainings of a row have the same starts and the same batches.
 
@@ -11,8 +11,9 @@ trainings of a row have the same starts and the same batches.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,18 @@ import optax_constraints as oc
 BATCH, TEST = 64, 450
 
 
-def train(params: Any, tx: Any, loss: Callable[[Any, jax.Array], jax.Array], keys: jax.Array):
-    """The parameters after one step for each key, which draws its batch."""
+def train(
+    params: Any, tx: Any, loss: Callable[[Any, jax.Array], jax.Array], keys: jax.Array
+) -> tuple[Any, jax.Array]:
+    """The parameters after one step for each key, which draws its batch, and the way they went."""
 
     def step(carry: Any, key: jax.Array) -> Any:
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params, key), state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return (optax.apply_updates(params, updates), state), optax.tree.norm(updates)
 
-    return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
+    (params, _), lengths = jax.lax.scan(step, (params, tx.init(params)), keys)
+    return params, lengths.sum()
 
 
 def table(*rows: tuple[str, ...]) -> None:
@@ -58,6 +62,7 @@ class Digits(NamedTuple):
     y_test: jax.Array
 
     def batch(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images of the training set, with their labels."""
         rows = jax.random.randint(key, (BATCH,), 0, len(self.x))
         return self.x[rows], self.y[rows]
 
@@ -81,6 +86,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Returns one logit a class."""
         for _ in range(2):
             x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(10)(x)
@@ -89,7 +95,7 @@ class Classifier(nn.Module):
 def ternary(fan_in: int) -> oc.Constraint:
     """Three values that are nearest to normal weights of variance ``1 / fan_in``."""
     size = 1.22 / fan_in**0.5
-    return oc.grid([-size, 0, size])
+    return oc.grid((-size, 0, size))
 
 
 TRAININGS = (
@@ -120,14 +126,15 @@ def accuracies(rules: Any, steps: int, key: jax.Array) -> tuple[jax.Array, ...]:
     def loss_in_set(params: Any, key: jax.Array) -> jax.Array:
         return loss(oc.straight_through(params, rules), key)
 
-    free = train(params, adam, loss, keys)
-    through = train(params, adam, loss_in_set, keys)
-    projected = optax.chain(adam, oc.project(rules))  # of a grid it warns here
+    free, _ = train(params, adam, loss, keys)
+    through, _ = train(params, adam, loss_in_set, keys)
+    tx = optax.chain(adam, oc.project(rules))
+    projected, _ = train(oc.constrain(params, rules), tx, loss, keys)  # warns of a grid
     ends = (
         free,
         oc.constrain(free, rules),
         oc.constrain(through, rules),
-        train(oc.constrain(params, rules), projected, loss, keys),
+        projected,
     )
     return tuple(jnp.mean(logits(end, data.x_test).argmax(-1) == data.y_test) for end in ends)
 
@@ -168,7 +175,8 @@ class Copier(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        states = nn.RNN(nn.SimpleCell(64))(jax.nn.one_hot(tokens, SYMBOLS + 2))
+        """Returns one logit a symbol, of the last tokens."""
+        states = jnp.asarray(nn.RNN(nn.SimpleCell(32))(jax.nn.one_hot(tokens, SYMBOLS + 2)))
         return nn.Dense(SYMBOLS)(states[:, -LENGTH:])
 
 
@@ -196,6 +204,7 @@ class Sphere(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Returns one logit a class."""
         x = unit(nn.Dense(64, use_bias=False)(unit(x)))
         for i in range(4):
             step = self.param(f"step_{i}", nn.initializers.constant(0.3), (64,))
@@ -234,52 +243,62 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 def compare_momentum(
     task: Callable[[jax.Array], Task], rates: dict[str, tuple[float, ...]], steps: int, keys: Any
 ) -> None:
-    def end(optimizer: Any, way: Any, rate: jax.Array, key: jax.Array) -> jax.Array:
+    def run(optimizer: Any, way: Any, rate: jax.Array, key: jax.Array) -> Any:
+        """The final loss, and the length of the way to there."""
         start, batches = jax.random.split(key)
         params, rules, loss, final = task(start)
-        rate = optax.cosine_decay_schedule(rate, steps)
-        tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer(rate))
-        keys = jax.random.split(batches, steps)
-        return final(train(oc.constrain(params, rules), way(tx, rules), loss, keys))
+        schedule = optax.cosine_decay_schedule(cast(float, rate), steps)
+        clipped = optax.chain(optax.clip_by_global_norm(1.0), optimizer(schedule))
+        start, keys = oc.constrain(params, rules), jax.random.split(batches, steps)
+        end, length = train(start, way(clipped, rules), loss, keys)
+        return final(end), length
 
-    rows = [("optimizer", "rate", *WAYS, "lower if carried", "sign test", "carried, relative")]
+    head = ("optimizer", "rate", *WAYS, "lower if carried", "loss: ratio", "way: ratio")
+    rows: list[tuple[str, ...]] = [head]
     for name, optimizer in OPTIMIZERS.items():
-        ends = {}
+        ends, lengths = {}, {}
         for way, make in WAYS.items():
-            run = jax.vmap(lambda key, rate, o=optimizer, w=make: end(o, w, rate, key), (0, None))
-            run = jax.jit(jax.vmap(run, (None, 0)))
-            ends[way] = np.asarray(run(keys, jnp.asarray(rates[name])))
+            over_seeds = jax.vmap(functools.partial(run, optimizer, make), (None, 0))
+            over_rates = jax.jit(jax.vmap(over_seeds, (0, None)))
+            found = over_rates(jnp.asarray(rates[name]), keys)
+            ends[way], lengths[way] = map(np.asarray, found)
         for i, rate in enumerate(rates[name]):
-            of_rate = {way: losses[i] for way, losses in ends.items()}
-            ratio = np.log(of_rate["carried"] / of_rate["not carried"])
-            wins = int(np.sum(ratio < 0))
-            error = ratio.std(ddof=1) / len(ratio) ** 0.5
+            ratio = np.log(ends["carried"][i] / ends["not carried"][i])
+            longer = np.log(lengths["carried"][i] / lengths["not carried"][i])
+            wins, count = int(np.sum(ratio < 0)), len(ratio)
+            chance = binomtest(wins, count).pvalue
             rows.append(
                 (
                     name,
                     f"{rate:g}",
-                    *(quartiles(losses) for losses in of_rate.values()),
-                    f"{wins} of {len(ratio)}",
-                    f"{binomtest(wins, len(ratio)).pvalue:.2g}",
-                    f"{100 * ratio.mean():+.1f}% ± {100 * error:.1f}%",
+                    *(quartiles(losses[i]) for losses in ends.values()),
+                    f"{wins} of {count} (p = {chance:.2g})",
+                    *map(mean_ratio, (ratio, longer)),
                 )
             )
     table(*rows)
 
 
-def quartiles(losses: np.ndarray) -> str:
-    low, median, high = np.quantile(losses, (0.25, 0.5, 0.75))
+def quartiles(values: np.ndarray) -> str:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return f"{median:.3g} ({low:.3g} to {high:.3g})"
 
 
-RECURRENT_RATES = {"momentum": (0.1, 0.3, 1.0), "Adam": (0.003, 0.01, 0.03)}
+def mean_ratio(logarithms: np.ndarray) -> str:
+    """The geometric mean, with its standard error."""
+    mean = np.exp(logarithms.mean())
+    error = mean * logarithms.std(ddof=1) / len(logarithms) ** 0.5
+    return f"{mean:.2f} ± {error:.2f}"
+
+
+RECURRENT_RATES = {"momentum": (0.1, 0.3, 1.0, 3.0), "Adam": (0.003, 0.01, 0.03, 0.1)}
 SPHERE_RATES = {"momentum": (0.03, 0.1, 0.3, 1.0), "Adam": (0.001, 0.003, 0.01, 0.03)}
 
-EXPERIMENTS: dict[str, Any] = {
-    "ternary": lambda steps, keys: compare_trainings(TERNARY, steps, keys),
-    "sparse": lambda steps, keys: compare_trainings(SPARSE, steps, keys),
-    "recurrent": lambda steps, keys: compare_momentum(recurrent, RECURRENT_RATES, steps, keys),
-    "sphere": lambda steps, keys: compare_momentum(sphere, SPHERE_RATES, steps, keys),
+EXPERIMENTS: dict[str, tuple[Callable[[int, jax.Array], None], int]] = {
+    "ternary": (functools.partial(compare_trainings, TERNARY), 1000),
+    "sparse": (functools.partial(compare_trainings, SPARSE), 1000),
+    "recurrent": (functools.partial(compare_momentum, recurrent, RECURRENT_RATES), 500),
+    "sphere": (functools.partial(compare_momentum, sphere, SPHERE_RATES), 500),
 }
 
 
@@ -287,12 +306,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Networks trained under constraints.")
     parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="default: 1000 and 500")
+    parser.add_argument("--quick", action="store_true", help="3 seeds and 100 steps")
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 3, 100
     keys = jax.random.split(jax.random.key(0), options.seeds)
     for name in options.experiments:
         print(f"\n{name}\n")
-        EXPERIMENTS[name](options.steps, keys)
+        compare, steps = EXPERIMENTS[name]
+        compare(options.steps or steps, keys)
 
 
 if __name__ == "__main__":
