@@ -3,9 +3,9 @@
 `ternary` and `sparse` train a classifier of handwritten digits whose kernels have three values, or
 two nonzeros in each four weights: the test accuracy of `straight_through` beside that of free
 weights and of `project`. `recurrent` and `sphere` ask whether `projected` ends lower for carrying
-momentum along, at several rates: a recurrent network with an orthogonal kernel that copies symbols over a delay, and
-a classifier of digits whose weights and activations live on spheres. Each prints a table; the
-trainings of a row have the same starts and the same batches.
+momentum along, at several rates: a recurrent network with an orthogonal kernel that copies symbols
+over a delay, and a classifier of digits whose weights and activations live on spheres. Each prints
+a table; all trainings of a seed have the same start and the same batches.
 
     python benchmarks/networks.py [--seeds N] [--steps N] [--quick] [EXPERIMENT ...]
 """
