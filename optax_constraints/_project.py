@@ -115,7 +115,7 @@ def project(
                 before = before if prepared is None else prepared
                 moved, own = constraint.update(p, u, own, prepared)
                 if keep_dtype:
-                    moved = _narrowed(constraint, p, moved, u)
+                    moved = _narrowed(constraint, p, moved, u, own)
                 return moved, own
 
             now: Any = {"step": state.updates_seen, "extra": extra}
@@ -143,11 +143,13 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
+def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any, memory: Any) -> Any:
     """Updates in the dtypes that they came in, after which entries of entrywise sets hold."""
     narrow = jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
     same = jax.tree.map(lambda m, u: m.dtype == u.dtype, moved, updates)
-    return moved if all(jax.tree.leaves(same)) else constraint.keep_inside(params, narrow)
+    if all(jax.tree.leaves(same)):
+        return moved
+    return constraint.keep_inside(params, narrow, memory)
 
 
 # Of Optax, what chooses between the updates of a transformation and others.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_constraints._constraint import Constraint, moved
-from optax_constraints._numerics import compute_dtype, norm, widest
+from optax_constraints._numerics import compute_dtype, norm, stored, widest
 from optax_constraints._rules import Binder
 from optax_constraints._text import shown
 from optax_constraints._trees import OtherStructureError, rearranged, without_boxes, without_saved
@@ -209,7 +209,7 @@ def _measured(
     Returns:
         The statistics.
     """
-    without, weights = (jax.tree.map(_stored, tree) for tree in (without, weights))
+    without, weights = (jax.tree.map(stored, tree) for tree in (without, weights))
     at_bound = constraint.on_bound(weights)
     new = LeafStats(
         _norm(update),
@@ -219,14 +219,6 @@ def _measured(
         jnp.int32(-1) if at_bound is None else jnp.sum(at_bound, dtype=jnp.int32),
     )
     return jax.tree.map(lambda x, z: x.astype(z.dtype), new, like)
-
-
-def _stored(w: jax.Array) -> jax.Array:
-    """Weights as their dtype holds them, where XLA would leave out the rounding of a sum."""
-    dtype, held = compute_dtype(w.dtype), jnp.finfo(w.dtype)
-    if dtype == w.dtype:
-        return w
-    return jax.lax.reduce_precision(w.astype(dtype), held.nexp, held.nmant).astype(w.dtype)
 
 
 def _minus(a: jax.Array, b: jax.Array) -> jax.Array:
