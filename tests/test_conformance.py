@@ -251,10 +251,8 @@ def test_dtypes_of_updates_and_of_the_state(case: Case):
         params, updates = (jax.ShapeDtypeStruct(case.shape, dtype) for dtype in (param, update))
         state = jax.eval_shape(tx.init, params)
         # The momentum has the dtype of updates from the first step on.
-        state = jax.tree.map(
-            lambda x, d=update: x.update(dtype=d) if x.shape == case.shape else x,
-            state,
-        )
+        moments = jax.tree.map(lambda x, d=update: x.update(dtype=d), state[0])
+        state = (moments, *state[1:])
         new, after = jax.eval_shape(tx.update, updates, state, params)
         assert (new.shape, new.dtype) == (case.shape, jnp.promote_types(param, update))
         assert avals(after[-1]) == avals(state[-1])

@@ -583,7 +583,9 @@ def test_constraints_survive_json(constraint):
     again = oc.deserialize(json.loads(text))
     assert fields_of(again) == fields_of(constraint)
     assert json.dumps(oc.serialize(again)) == text
-    if not any(word in text for word in ('"Around"', '"Box"', '"Mask"', '"Hyperplane"', '"HalfSpace"')):
+    if not any(
+        word in text for word in ('"Around"', '"Box"', '"Mask"', '"Hyperplane"', '"HalfSpace"')
+    ):
         # Arrays may come back in another dtype.
         assert again == constraint
         assert hash(again) == hash(constraint)

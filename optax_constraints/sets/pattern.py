@@ -416,7 +416,7 @@ tied = Tied
 
 def _renumbered(labels: Any) -> np.ndarray:
     """Labels as numbers from 0, without gaps."""
-    array = labels if is_array(labels) else np.asarray(labels)
+    array = as_array("Tied", "labels", labels)
     if array.dtype.kind not in "iub" or not is_readable(array):
         raise TypeError(
             f"Tied: labels={shown(labels)} are not an array of concrete integers; write one, such "

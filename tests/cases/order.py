@@ -46,7 +46,9 @@ def _largest_columns(k: int) -> Reference:
 
     def project(w: np.ndarray) -> np.ndarray:
         columns = w.reshape(len(w), -1).copy()
-        dropped = np.argsort(-norms(columns, 0)[0], kind="stable")[k:]
+        with np.errstate(invalid="ignore"):
+            size = np.nan_to_num(norms(columns, 0)[0], nan=np.inf)  # that of infinities
+        dropped = np.argsort(-size, kind="stable")[k:]
         columns[:, dropped] = 0
         return columns.reshape(w.shape)
 
