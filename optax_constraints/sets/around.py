@@ -1,6 +1,7 @@
 """Sets that are moved: what holds for the difference from other weights."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ class Around(Single):
         center, own = self._known(w, memory)
         away = w.astype(center.dtype) - center
         near, new = self.constraint.advance(away, own)
-        value = self._rounded(jax.lax.stop_gradient((w, away, near, center)), new)
+        value = _rounded(self, new, *jax.lax.stop_gradient((w, away, near, center)))
         kept = (memory[0], new) if self.remembers and memory else memory
         return _with_derivative(value, center + near), kept
 
@@ -126,17 +127,6 @@ class Around(Single):
             check_broadcasts("Around", "center", self.center, None, w.shape)
             first = beside(jnp.asarray(self.center), w)
         return first.astype(_numerics.compute_dtype(w.dtype)), own
-
-    def _rounded(self, found: tuple[jax.Array, ...], own: Any) -> jax.Array:
-        """The weights ``center + near``; of an elementwise set those that are in it."""
-        w, away, near, center = found
-        there, allowed = (center + near).astype(w.dtype), near == away
-        if not self.elementwise:
-            return jnp.where(allowed, w, there)
-        allowed &= self._inwards(w, center, own) == 0
-        value = jnp.where(allowed, w, there)
-        nearer = _moved_by_one(value, self._inwards(value, center, own))
-        return jnp.where(self._inwards(nearer, center, own) == 0, nearer, value)
 
     def _inwards(self, w: jax.Array, center: jax.Array, own: Any) -> jax.Array:
         """Of an elementwise set, the way that each weight has to go; 0 inside."""
@@ -195,6 +185,21 @@ class Around(Single):
 
 
 around = Around
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@functools.partial(jax.jit, inline=True)
+def _rounded(
+    this: Around, own: Any, w: jax.Array, away: jax.Array, near: jax.Array, center: jax.Array
+) -> jax.Array:
+    """The weights ``center + near``; of an elementwise set those that are in it."""
+    there, allowed = (center + near).astype(w.dtype), near == away
+    if not this.elementwise:
+        return jnp.where(allowed, w, there)
+    allowed &= this._inwards(w, center, own) == 0
+    value = jnp.where(allowed, w, there)
+    nearer = _moved_by_one(value, this._inwards(value, center, own))
+    return jnp.where(this._inwards(nearer, center, own) == 0, nearer, value)
 
 
 def _moved_by_one(w: jax.Array, way: jax.Array) -> jax.Array:

@@ -376,7 +376,7 @@ class Tied(Constraint):
         # As an argument of a compiled function, labels are not known, but for their range.
         number = int(np.max(labels)) + 1 if is_readable(labels) else labels.size
         return automatic(
-            lambda w, labels: _tied(w, labels, number), w, beside(jnp.asarray(labels), w)
+            lambda w, labels: _ties(w, labels, number), w, beside(jnp.asarray(labels), w)
         )
 
     def _labels(self, path: str | None, shape: tuple[int, ...]) -> Any:
@@ -444,6 +444,10 @@ def _tied_jvp(number: int, primals: Any, tangents: Any) -> Any:
     dx = widen("Tied", tangents[0])
     mean = jnp.broadcast_to(_mean(dx, labels, number), dx.shape)
     return _tied(w, labels, number), mean.astype(w.dtype)
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+_ties = jax.jit(_tied, static_argnums=2)
 
 
 def _mean(x: jax.Array, labels: jax.Array, number: int) -> jax.Array:
