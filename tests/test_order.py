@@ -390,9 +390,7 @@ def test_top_k_of_units_needs_some():
         TopK(2, 0, "rows")
     with pytest.raises(ValueError, match=r"TopK: axis=None makes the whole leaf one unit, of whi"):
         TopK(2, of="units")
-    message = (
-        r"TopK on 'b' of shape \(3,\): axis=0 makes the whole leaf one unit, of which"
-    )
+    message = r"TopK on 'b' of shape \(3,\): axis=0 makes the whole leaf one unit, of which"
     with pytest.raises(ValueError, match=message):
         oc.project({"b": TopK(2, 0, "units")}).init({"b": jnp.ones(3)})
     assert oc.deserialize(oc.serialize(TopK(2, 0, "units"))) == TopK(2, 0, "units")

@@ -122,6 +122,7 @@ class Around(Single):
             raise unread(self.center)
         if self.remembers and not memory:  # by hand
             memory = jax.lax.stop_gradient(self.remember(w))
+        first: Any
         first, own = memory if self.remembers else ((), ())
         if not self._starts_at_init:
             check_broadcasts("Around", "center", self.center, None, w.shape)

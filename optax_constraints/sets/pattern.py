@@ -103,7 +103,7 @@ class Mask(Elementwise):
     def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """Projects one array with the mask that it had at init, if that is remembered."""
         if self.remembers:
-            free = memory if is_array(memory) else self.remember(w)
+            free = jnp.asarray(memory) if is_array(memory) else self.remember(w)
         else:
             free = beside(self._free("", w.shape), w)
         return _zero_where(~free, w), memory
@@ -277,7 +277,7 @@ class Sign(Elementwise):
         if isinstance(self.pattern, Arg):
             raise unread(self.pattern)
         if self.remembers:
-            return memory if is_array(memory) else self.remember(w)
+            return jnp.asarray(memory) if is_array(memory) else self.remember(w)
         check_broadcasts("Sign", "pattern", self.pattern, None, w.shape)
         return beside(jnp.asarray(self.pattern), w)
 

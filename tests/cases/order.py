@@ -52,8 +52,8 @@ def _largest_columns(k: int) -> Reference:
         columns[:, dropped] = 0
         return columns.reshape(w.shape)
 
-    def outside(w: np.ndarray) -> int:
-        return max(np.count_nonzero(np.any(w != 0, axis=0)) - k, 0)
+    def outside(w: np.ndarray) -> np.ndarray:
+        return np.maximum(np.count_nonzero(np.any(w != 0, axis=0)) - k, 0)
 
     return project, outside
 
