@@ -158,6 +158,19 @@ def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     return x * ones.astype(x.dtype)
 
 
+def stored(w: jax.Array) -> jax.Array:
+    """Weights as their dtype holds them, where XLA would leave out the rounding of a sum."""
+    dtype, held = compute_dtype(w.dtype), jnp.finfo(w.dtype)
+    if dtype == w.dtype:
+        return w
+    wide = w.astype(dtype)
+    kept = lax.reduce_precision(wide, held.nexp, held.nmant)
+    if held.tiny > jnp.finfo(dtype).tiny:  # subnormal numbers of float16 would become zeros
+        step = float(held.smallest_subnormal)
+        kept = jnp.where(jnp.abs(wide) < float(held.tiny), jnp.round(wide / step) * step, kept)
+    return kept.astype(w.dtype)
+
+
 ARRAYS = np.ndarray, jax.Array
 
 

@@ -119,7 +119,7 @@ def project(
                 before = before if prepared is None else prepared
                 moved, kept = constraint.update(p, u, own, prepared)
                 if keep_dtype:
-                    moved = _narrowed(constraint, p, moved, u)
+                    moved = _narrowed(constraint, p, moved, u, own)
                 if stats and not constraint.elementwise:
                     measured.append(_stats.of_update(constraint, p, u, moved, own, prepared))
                 return moved, kept
@@ -149,11 +149,13 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
+def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any, memory: Any) -> Any:
     """Updates in the dtypes that they came in, after which entries of entrywise sets hold."""
     narrow = jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
     same = jax.tree.map(lambda m, u: m.dtype == u.dtype, moved, updates)
-    return moved if all(jax.tree.leaves(same)) else constraint.keep_inside(params, narrow)
+    if all(jax.tree.leaves(same)):
+        return moved
+    return constraint.keep_inside(params, narrow, memory)
 
 
 # Of Optax, what chooses between the updates of a transformation and others.

@@ -16,6 +16,8 @@ WIDE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 CONES = [case for case in CASES if case.constraint.has_tangent]
 N, SHAPE = 8, (5, 5)
 NORMAL = np.linspace(-1, 2, N)
+SIGNS = np.array([1, -1, 0, 1, -1, -1, 1, 0])
+CENTER = np.linspace(-0.5, 0.75, N)
 
 
 def normal(shape, seed: int, scale: float = 1.0) -> jax.Array:
@@ -149,6 +151,31 @@ ORACLES = {
         oc.compose(oc.non_neg(), oc.max_norm(1.0)),
         N,
         lambda w, d: [*signs(d, w == 0), *([w @ d <= 0] if w @ w > 0.9999 else [])],
+    ),
+    "sign": (
+        oc.sign(SIGNS),
+        N,
+        lambda w, d: signs(d, (w == 0) & (SIGNS > 0), (w == 0) & (SIGNS < 0)),
+    ),
+    "tied": (
+        oc.tied([0, 1, 2, 0, 1, 0, 3, 2]),
+        N,
+        lambda w, d: [d[0] == d[3], d[0] == d[5], d[1] == d[4], d[2] == d[7]],
+    ),
+    "around a ball": (
+        oc.around(oc.max_norm(0.5), CENTER),
+        N,
+        lambda w, d: [(w - CENTER) @ d <= 0] if np.linalg.norm(w - CENTER) > 0.49999 else [],
+    ),
+    "around a simplex": (
+        oc.around(oc.simplex(), CENTER),
+        N,
+        lambda w, d: [cp.sum(d) == 0, *signs(d, w - CENTER < 1e-6)],
+    ),
+    "around a box": (
+        oc.around(oc.box(-0.3, 0.2), CENTER),
+        N,
+        lambda w, d: signs(d, w - CENTER < -0.3 + 1e-6, w - CENTER > 0.2 - 1e-6),
     ),
     "part": (
         oc.part(oc.simplex(), ":3"),
@@ -389,6 +416,8 @@ def test_stacks_go_slice_by_slice():
     [
         oc.grid([-1, 0, 1]),
         oc.top_k(2),
+        oc.top_k(2, axis=0, of="units"),
+        oc.around(oc.top_k(2)),
         oc.nm(2, 4),
         oc.min_max_norm(0.5, 1.0),
         oc.soft(oc.max_norm(1.0), 0.5),
@@ -474,6 +503,10 @@ def test_inside_nothing_changes_to_the_bit():
         oc.l1_ball(),
         oc.monotone(),
         oc.doubly_stochastic(),
+        oc.sign(np.sign(np.linspace(-1, 1, 7))[:, None]),
+        oc.tied(np.arange(21).reshape(7, 3) % 4),
+        oc.around(oc.box(-0.5, 0.5), np.ones((7, 3))),
+        oc.around(oc.l1_ball(), np.ones((7, 3))),
     ],
     ids=str,
 )

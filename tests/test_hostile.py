@@ -496,10 +496,12 @@ def test_what_is_registered_is_not_called():
 
 # Arguments that make each set, for those that need some.
 _GOOD: dict[str, dict[str, Any]] = {
+    "Around": {"constraint": "max_norm"},
     "Box": {"lower": -1.0},
     "CenterAround": {"ref_value": 0.0},
     "Compose": {"constraints": ["non_neg", "max_norm"]},
     "FixedNorm": {"value": "init"},
+    "FixedRMS": {"value": "init"},
     "Grid": {"values": [-1, 0, 1]},
     "HalfSpace": {"normal": [1.0, 2.0, 3.0]},
     "Hyperplane": {"normal": [1.0, 2.0, 3.0]},
@@ -513,6 +515,7 @@ _GOOD: dict[str, dict[str, Any]] = {
     "Soft": {"constraint": "max_norm", "rate": 0.5},
     "Stacked": {"constraint": "non_neg"},
     "SumTo": {"value": 1.0},
+    "Tied": {"labels": [0, 0, 1]},
     "TopK": {"k": 2},
 }
 

@@ -10,6 +10,7 @@ import pytest
 from sklearn.isotonic import isotonic_regression
 
 import optax_constraints as oc
+from optax_constraints._axes import LeafLayout
 from optax_constraints.sets.order import NM, Monotone, TopK
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
@@ -305,6 +306,94 @@ def test_zeros_do_not_count_where_magnitudes_are_tied():
 def test_top_k_checks_its_number(k, error, message):
     with pytest.raises(error, match=message):
         TopK(k)
+
+
+# Units that are kept or dropped as a whole.
+
+
+@pytest.mark.parametrize("dtype", [DTYPE, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("axis", [0, (0, 2), (1, 2)])
+def test_top_k_of_units_is_that_of_a_stable_sort(axis, dtype):
+    rng = RNG(0)
+    normal = rng.normal(size=(6, 5, 4))
+    for w in (normal, rng.integers(0, 2, (6, 5, 4)), np.ones((6, 5, 4)), normal * 1e-4):
+        w = jnp.asarray(w, DTYPE).astype(dtype)
+        size = np.sqrt(np.sum(np.square(float64(w)), axis=axis, keepdims=True))
+        rank = np.argsort(np.argsort(-size, axis=None, kind="stable")).reshape(size.shape)
+        for k in (0, 1, 3, 0.5, 99):
+            count = k if isinstance(k, int) else round(k * size.size)
+            got = TopK(k, axis, "units")(w)
+            np.testing.assert_array_equal(got, np.where(rank < count, w, 0))
+            assert bits(TopK(k, axis, "units")(got)) == bits(got)
+
+
+def test_units_that_are_kept_are_kept_to_the_bit():
+    w = jnp.array([[1e-40, -0.0, 3e38, 1e-30, jnp.nan], [0.0, 0.0, 3e38, -0.0, 1.0]], jnp.float32)
+    got = TopK(2, 0, "units")(w)
+    assert bits(got[:, [2, 4]]) == bits(w[:, [2, 4]])
+    # What is dropped is zero, and a zero keeps its sign; the smallest number is none.
+    assert np.all(np.asarray(got[:, [0, 1, 3]]).view(np.uint32) << 1 == 0)
+    assert bits(TopK(5, 0, "units")(w)) == bits(w)
+    assert bits(TopK(4, 0, "units")(w)) == bits(w)
+
+
+def test_neurons_filters_and_heads():
+    params = {
+        "dense": {"kernel": jnp.asarray(RNG(0).normal(size=(4, 6)), DTYPE)},
+        "conv": {"kernel": jnp.asarray(RNG(1).normal(size=(3, 3, 2, 5)), DTYPE)},
+        "heads": jnp.asarray(RNG(2).normal(size=(4, 3, 2)), DTYPE),
+    }
+    rules = {
+        "kernel": TopK(2, "fan_in", "units"),
+        "heads": TopK("0.125 * size", axis=(0, 2), of="units"),
+    }
+    got = oc.constrain(params, rules)
+    assert np.count_nonzero(np.any(got["dense"]["kernel"] != 0, axis=0)) == 2
+    assert np.count_nonzero(np.any(got["conv"]["kernel"] != 0, axis=(0, 1, 2))) == 2
+    assert np.count_nonzero(np.any(got["heads"] != 0, axis=(0, 2))) == 3
+    assert str(oc.report(got, rules).rows[0].constraint) == "TopK(2 units)"
+    assert [row.at_bound for row in oc.report(got, rules).rows] == [1, 1, 1]
+    # A neuron and its bias.
+    layer = {"kernel": params["dense"]["kernel"], "bias": jnp.full(6, 0.1)}
+    together = oc.constrain(layer, {oc.joint("kernel", "bias"): TopK(2, 0, "units")})
+    kept = np.any(together["kernel"] != 0, axis=0)
+    assert np.array_equal(kept, together["bias"] != 0)
+    assert np.count_nonzero(kept) == 2
+
+
+def test_units_of_each_layer_of_a_stack():
+    w = jnp.asarray(RNG(0).normal(size=(3, 4, 6)) * [[[1.0]], [[9.0]], [[99.0]]], DTYPE)
+    layout = {"w": LeafLayout("Dense", (1,), (0,))}
+    want = jnp.stack([TopK(2, 0, "units")(layer) for layer in w])
+    by_layout = oc.constrain({"w": w}, {"w": TopK(2, "fan_in", "units")}, layout=layout)["w"]
+    for got in (oc.stacked(TopK(2, 0, "units"))(w), by_layout):
+        assert bits(got) == bits(want)
+    stacked = oc.constrain({"w": w}, {"w": oc.stacked(TopK(2, 0, "units"))})["w"]
+    assert bits(stacked) == bits(want)
+    # By itself it counts the units of all layers.
+    assert np.array_equal(np.any(TopK(2, 1, "units")(w) != 0, axis=(1, 2)), [False, False, True])
+
+
+def test_the_derivative_of_units_is_their_mask():
+    w, dw = (jnp.asarray(RNG(s).normal(size=(4, 6)), DTYPE) for s in range(2))
+    constraint = TopK(2, 0, "units")
+    w = w.at[0].set(0)  # an entry that is zero is free in a unit that is not
+    kept = np.any(constraint(w) != 0, axis=0)
+    want = jnp.where(kept, dw, 0)
+    assert bits(jax.jvp(constraint, (w,), (dw,))[1]) == bits(want)
+    assert bits(jax.vjp(constraint, w)[1](dw)[0]) == bits(want)
+    assert bits(jax.jvp(constraint, (jnp.zeros_like(w),), (dw,))[1]) == bits(dw)
+
+
+def test_top_k_of_units_needs_some():
+    with pytest.raises(ValueError, match=r"of='rows' is not allowed; write 'entries' for those"):
+        TopK(2, 0, "rows")
+    with pytest.raises(ValueError, match=r"TopK: axis=None makes the whole leaf one unit, of whi"):
+        TopK(2, of="units")
+    message = r"TopK on 'b' of shape \(3,\): axis=0 makes the whole leaf one unit, of which"
+    with pytest.raises(ValueError, match=message):
+        oc.project({"b": TopK(2, 0, "units")}).init({"b": jnp.ones(3)})
+    assert oc.deserialize(oc.serialize(TopK(2, 0, "units"))) == TopK(2, 0, "units")
 
 
 # NM.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._args import Arg
-from optax_constraints._axes import Axis, LeafLayout
+from optax_constraints._axes import Axis, LeafLayout, remove_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
@@ -31,6 +31,7 @@ from optax_constraints.sets._common import (
     check_floating,
     totals,
 )
+from optax_constraints.sets.combinators import Stacked
 
 
 class _LineSet(UnitSet):
@@ -261,7 +262,7 @@ def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopK(InParts, UnitSet):
-    """At most `k` entries of each unit are not zero: ``{w : ||unit||_0 <= k}``.
+    """At most `k` entries of each unit are not zero, ``{w : ||unit||_0 <= k}``, or `k` units.
 
     Not convex. The projection keeps the `k` entries of largest magnitude as they are and sets
     the others to zero, exactly, which is a nearest point. Of equal magnitudes the first ones
@@ -272,6 +273,11 @@ class TopK(InParts, UnitSet):
     the dtype, 31 for float32, all units at once. Where magnitudes are tied, one more for each
     bit of the size of a unit. So `k` may change, as in gradual pruning, and nothing compiles
     again.
+
+    With ``of="units"``, for structured pruning, at most `k` units have an entry that is not zero:
+    those of largest norm stay as they are. Units are then slices along `axis` as everywhere, such
+    as neurons with ``axis=0`` for a Dense kernel (in, out), filters with ``"fan_in"``, and heads
+    with ``(0, 2)`` for a kernel (in, heads, depth). One pass for the norms and one to choose.
 
     The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
     that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
@@ -286,16 +292,22 @@ class TopK(InParts, UnitSet):
             integers.
         axis: The axes along which one unit runs: an int, several ints, None for the whole
             tensor, or `"fan_in"`.
+        of: What `k` counts, and a fraction is a share of: the `"entries"` of each unit, or the
+            `"units"` of the leaf; of a stack under `Stacked` or `"fan_in"`, those of each layer.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `k` is negative, or a float outside (0, 1], or an axis is repeated.
+        ValueError: If `k` is negative, or a float outside (0, 1], an axis is repeated, or `of` is
+            something else; with ``of="units"``, if `axis` makes one unit of the leaf.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> oc.top_k(2)(jnp.array([1.0, -3.0, 2.0, 0.5]))
         Array([ 0., -3.,  2.,  0.], dtype=float32)
+        >>> oc.top_k(1, axis=0, of="units")(jnp.array([[1.0, 3.0], [-3.0, 2.0]]))
+        Array([[0., 3.],
+               [0., 2.]], dtype=float32)
         >>> import jax
         >>> def loss(w):
         ...     return jnp.sum(oc.straight_through(w, oc.top_k(1)))
@@ -305,8 +317,14 @@ class TopK(InParts, UnitSet):
 
     k: Number = number(low=0, high=2**31 - 1, whole=True)
     axis: Axis = None
+    of: str = "entries"
 
     def __post_init__(self):
+        if self.of not in ("entries", "units"):
+            raise ValueError(
+                f"TopK: of={shown(self.of)} is not allowed; write 'entries' for those of each "
+                "unit, or 'units'."
+            )
         high = 1 if _is_fraction(self.k) else jnp.iinfo(jnp.int32).max
         if check_number("TopK", "k", self.k, Limits(low=0, high=high)) == 0 and high == 1:
             raise ValueError(
@@ -314,11 +332,44 @@ class TopK(InParts, UnitSet):
                 "count k=0."
             )
         super().__post_init__()
+        if self.of == "units":
+            self._check_units("TopK", self.axis is None)
+
+    @property
+    def unitwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether units have nothing to do with one another."""
+        return self.of == "entries"
+
+    def _check_units(self, where: str, whole: bool) -> None:
+        if whole:
+            raise ValueError(
+                f"{where}: axis={self.axis!r} makes the whole leaf one unit, of which at most k "
+                "are to be kept; write the axes along which one of several units runs, such as "
+                "axis=0 for the columns of a matrix."
+            )
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint for one leaf; of units, `"fan_in"` layer by layer of a stack."""
+        settled = cast(TopK, super().settle(path, shape, layout))
+        if self.of == "entries":
+            return settled
+        axes = cast(tuple[int, ...], settled.axis)
+        stacked = layout.stacked if layout is not None and self.axis == "fan_in" else ()
+        self._check_units(f"TopK on {describe(path, shape)}", len({*axes, *stacked}) == len(shape))
+        if not stacked:
+            return settled
+        return Stacked(settled._replace(axis=remove_axes(axes, stacked)), stacked)
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; the entries that are kept are not rounded."""
         w = jnp.asarray(w)
-        return self._onto(((w,),), self._units(w))[0]
+        if self.of == "entries":
+            return self._onto(((w,),), self._units(w))[0]
+        check_floating("TopK", w)
+        axes, k = self._axes(w), self._count(w)
+        return automatic(lambda w, k: _largest_units(w, k, axes), w, k) if w.size else w
 
     def _onto(self, terms: Terms, units: Units) -> Parts:
         parts = tuple(weights for weights, *_ in terms)
@@ -336,17 +387,27 @@ class TopK(InParts, UnitSet):
         return tuple(new.astype(part.dtype) for new, part in zip(kept, parts, strict=True))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
-        """The units in which all of `k` is used."""
-        return self._units(w).count((w != 0,)) >= self._count(w)
+        """The units in which all of `k` is used; of units, whether it is."""
+        units = self._units(w)
+        if self.of == "entries":
+            return units.count((w != 0,)) >= self._count(w)
+        return jnp.sum(units.count((w != 0,)) > 0, dtype=jnp.int32) >= self._count(w)
 
     def _count(self, w: jax.Array) -> jax.Array:
-        return self._count_of(self._units(w).size((w,)), w.dtype)
+        units = self._units(w)
+        count = units.size((w,)) if self.of == "entries" else math.prod(units.shape((w,)))
+        return self._count_of(count, w.dtype)
 
     def _count_of(self, size: int, dtype: jnp.dtype) -> jax.Array:
         if not _is_fraction(self.k):
             return value(self.k, jnp.dtype(jnp.int32))
         share = value(self.k, _numerics.compute_dtype(dtype)) * size
         return jnp.maximum(jnp.round(share), 1).astype(jnp.int32)
+
+    def __str__(self) -> str:
+        """How the report shows it: what is counted only if it is units."""
+        text = super().__str__()
+        return text.replace(", 'entries'", "").replace(", 'units'", " units")
 
 
 top_k = TopK
@@ -452,6 +513,32 @@ def _largest_jvp(units, primals, tangents):
 
 # Compiled by itself, here and below, so that calls outside jit find their program again.
 _largest_of_units = jax.jit(_largest, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _largest_units(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The first `k` units by norm, and zeros."""
+    return _largest_norms(w, k, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _largest_norms(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    norms = _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), axes)
+    # A unit counts as zero only if it is: a norm of subnormal entries may be 0.
+    some = jnp.any(_magnitude(w) > 0, axis=axes, keepdims=True)
+    norms = lax.bitcast_convert_type(
+        jnp.maximum(_magnitude(norms), some.astype(_magnitude(norms).dtype)), norms.dtype
+    )
+    (kept,) = _are_largest(((norms,),), k, Units.one((norms,)))
+    return jnp.where(kept, w, jnp.zeros((), w.dtype))
+
+
+@_largest_norms.defjvp
+def _largest_norms_jvp(axes, primals, tangents):
+    y = _largest_norms(*primals, axes)
+    some = jnp.any(y != 0, axis=axes, keepdims=True)
+    room = jnp.sum(some, dtype=jnp.int32) < primals[1]
+    return y, jnp.where(some | room, tangents[0], jnp.zeros((), y.dtype))
 
 
 def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.isotonic import isotonic_regression
 
 import optax_constraints as oc
-from cases._case import Case
+from cases._case import Case, norms
 
 Reference = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
@@ -41,6 +41,23 @@ def largest(k: int, units: Callable[[np.ndarray], np.ndarray]) -> Reference:
     return project, outside
 
 
+def _largest_columns(k: int) -> Reference:
+    """Reference for at most k columns of the first axis that are not zero."""
+
+    def project(w: np.ndarray) -> np.ndarray:
+        columns = w.reshape(len(w), -1).copy()
+        with np.errstate(invalid="ignore"):
+            size = np.nan_to_num(norms(columns, 0)[0], nan=np.inf)  # that of infinities
+        dropped = np.argsort(-size, kind="stable")[k:]
+        columns[:, dropped] = 0
+        return columns.reshape(w.shape)
+
+    def outside(w: np.ndarray) -> np.ndarray:
+        return np.maximum(np.count_nonzero(np.any(w != 0, axis=0)) - k, 0)
+
+    return project, outside
+
+
 def _groups(w: np.ndarray) -> np.ndarray:
     return w.reshape(-1, 4)
 
@@ -50,6 +67,7 @@ CASES = [
     Case(oc.monotone(axis=-2, increasing=False), *ordered(1, -1), adds=True, shape=(2, 19, 3)),
     Case(oc.top_k(10), *largest(10, lambda w: w.reshape(1, -1))),
     Case(oc.top_k(0.4, axis=(1, 2)), *largest(6, lambda w: w.reshape(len(w), -1))),
+    Case(oc.top_k(4, axis=0, of="units"), *_largest_columns(4), unit=(0, 1, 2)),
     Case(oc.nm(axis=-1), *largest(2, _groups), shape=(3, 5, 8)),
     Case(oc.nm(1, 4, axis=2), *largest(1, _groups), shape=(2, 3, 4)),
 ]
