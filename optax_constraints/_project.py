@@ -12,6 +12,7 @@ from jax.core import Tracer
 from optax_constraints import _stats
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint
+from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
 from optax_constraints._numerics import in_turn
 from optax_constraints._patterns import Rules
@@ -40,6 +41,7 @@ def project(
     layout: Layout | None = None,
     strict: bool = True,
     stats: bool = False,
+    keep_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
@@ -64,9 +66,12 @@ def project(
             in part.
         stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
             is one more pass over each constrained leaf.
+        keep_params: Whether the state has a copy of the constrained leaves, for loops that call
+            ``tx.update(grads, state)`` without parameters. That is exact as long as nothing else
+            changes them, and takes the memory of those leaves once more.
 
     Returns:
-        The transformation. Its `update` needs `params`.
+        The transformation. Its `update` needs `params`, but for ``keep_params=True``.
 
     Raises:
         TypeError: If `rules` or `every` is of the wrong kind.
@@ -97,7 +102,10 @@ def project(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, ProjectState]:
         if params is None:
-            raise ValueError("project needs the parameters; write tx.update(grads, state, params).")
+            raise ValueError(
+                "project needs the parameters; write tx.update(grads, state, params), or where a "
+                "loop of others does not pass them, project(rules, keep_params=True)."
+            )
         if isinstance(state, Mapping):  # restored without its type
             state = ProjectState(**state)
         bound = bind(params)
@@ -146,7 +154,8 @@ def project(
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
         return new, state._replace(updates_seen=seen, memory=memory)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return with_kept_params(tx, bind) if keep_params else tx
 
 
 def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any, memory: Any) -> Any:

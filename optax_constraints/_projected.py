@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint, moved
+from optax_constraints._kept_params import with_kept_params
 from optax_constraints._moments import Moment, field_names, map_first_moments
 from optax_constraints._patterns import Rules
 from optax_constraints._project import project
@@ -28,6 +29,7 @@ def projected(
     layout: Layout | None = None,
     strict: bool = True,
     stats: bool = False,
+    keep_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps stay in their sets, and whose momentum comes along.
 
@@ -57,10 +59,12 @@ def projected(
         layout: As for `project`.
         strict: As for `project`.
         stats: As for `project`: for `stats(state)`.
+        keep_params: As for `project`, but of all leaves, since an optimizer may need them.
 
     Returns:
-        The transformation. Its `update` needs `params`, and hands extra arguments on. Its state
-        is that of the chain: a tuple of the states of `tangent`, the optimizer and `project`.
+        The transformation. Its `update` needs `params`, but for ``keep_params=True``, and hands
+        extra arguments on. Its state is that of the chain: a tuple of the states of `tangent`, the
+        optimizer and `project`, beside the parameters if they are kept.
 
     Raises:
         TypeError: If `optimizer` is none, or `transport` or `rules` is of the wrong kind.
@@ -85,7 +89,7 @@ def projected(
         project(rules, every=every, layout=layout, strict=strict, stats=stats),
     )
     if fields is not None and not fields:
-        return chain
+        return with_kept_params(chain) if keep_params else chain
     bind = Binder(rules, layout=layout, strict=False)  # the chain has said what is wrong
 
     def init(params: Any) -> Any:
@@ -125,7 +129,8 @@ def projected(
         inner = map_first_moments(lambda _: next(new), inner, params, fields)
         return updates, (front, inner, last)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return with_kept_params(tx) if keep_params else tx
 
 
 def _check_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
