@@ -166,9 +166,11 @@ class Checks:
         for (keys, g), w in zip(
             jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
         ):
-            w = np.asarray(w)
+            w = np.asarray(w, np.float64)
             for shard in g.addressable_shards:
-                error = np.max(np.abs(np.asarray(shard.data) - w[shard.index]), initial=0)
+                error = np.max(
+                    np.abs(np.asarray(shard.data, np.float64) - w[shard.index]), initial=0
+                )
                 ulps = float(error / np.finfo(np.float32).eps / max(1, np.max(np.abs(w))))
                 self.worst[group] = max(self.worst.get(group, 0), ulps)
                 self.that(ulps <= limit, kind, f"{group}{jax.tree_util.keystr(keys)}: {ulps} ulps")

@@ -109,6 +109,7 @@ def test_tangent_parts_are_those_of_the_pattern_at_init():
     signs = np.sign(start)
     for constraint, at, want in (
         (oc.mask("init"), start, signs != 0),
+        (oc.mask("init"), 0 * start, signs != 0),
         (oc.sign(), 0 * start, signs >= 0),
         (oc.sign(), start, np.ones_like(signs)),
         (oc.stacked(oc.mask("init")), start, signs != 0),

@@ -431,7 +431,9 @@ def _tied(w: jax.Array, labels: jax.Array, number: int) -> jax.Array:
     """The mean of each label in the place of its entries; labels have as many axes."""
     x = widen("Tied", w)
     # From the largest, so that the mean of equal entries is that.
-    mean = _over_labels(jnp.max, jax.ops.segment_max, x, labels, number)
+    axes = _shared_axes(x, labels)
+    lowest = jnp.full(number, jnp.finfo(x.dtype).min, x.dtype)
+    mean = lowest.at[labels].max(jnp.max(x, axis=axes, keepdims=True))[labels]
     for _ in range(2):
         mean = mean + _mean(x - mean, labels, number)
     mean = jnp.where(jnp.isfinite(mean), mean, jnp.nan).astype(w.dtype)
@@ -452,16 +454,12 @@ _ties = jax.jit(_tied, static_argnums=2)
 
 def _mean(x: jax.Array, labels: jax.Array, number: int) -> jax.Array:
     """The mean over each label, beside its labels."""
-    ones = jnp.ones(labels.shape, jnp.int32)
-    count = _over_labels(jnp.sum, jax.ops.segment_sum, ones, labels, number)
-    each = _over_labels(jnp.sum, jax.ops.segment_sum, x, labels, number)
-    return each / (count * (x.size // labels.size)).astype(x.dtype)
+    axes = _shared_axes(x, labels)
+    total = jnp.zeros(number, x.dtype).at[labels].add(jnp.sum(x, axis=axes, keepdims=True))
+    count = jnp.zeros(number, jnp.int32).at[labels].add(x.size // labels.size)
+    return (total / jnp.maximum(count, 1).astype(x.dtype))[labels]
 
 
-def _over_labels(
-    reduce: Any, over_segments: Any, x: jax.Array, labels: jax.Array, number: int
-) -> jax.Array:
-    """What is reduced over the entries of each label, beside its labels."""
-    axes = tuple(a for a in range(x.ndim) if labels.shape[a] < x.shape[a])
-    part = reduce(x, axis=axes, keepdims=True)
-    return over_segments(part.ravel(), labels.ravel(), num_segments=number)[labels]
+def _shared_axes(x: jax.Array, labels: jax.Array) -> tuple[int, ...]:
+    """The axes along which all entries have the same label."""
+    return tuple(a for a in range(x.ndim) if labels.shape[a] < x.shape[a])
