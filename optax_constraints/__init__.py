@@ -67,6 +67,8 @@ from optax_constraints.sets.norm import max_norm as max_norm
 from optax_constraints.sets.norm import max_rms as max_rms
 from optax_constraints.sets.norm import min_max_norm as min_max_norm
 from optax_constraints.sets.norm import unit_norm as unit_norm
+from optax_constraints.sets.operator import MaxOperatorNorm as MaxOperatorNorm
+from optax_constraints.sets.operator import max_operator_norm as max_operator_norm
 from optax_constraints.sets.order import NM as NM
 from optax_constraints.sets.order import Monotone as Monotone
 from optax_constraints.sets.order import TopK as TopK
@@ -81,6 +83,8 @@ from optax_constraints.sets.pattern import mask as mask
 from optax_constraints.sets.pattern import sign as sign
 from optax_constraints.sets.pattern import tied as tied
 from optax_constraints.sets.pattern import zero_diagonal as zero_diagonal
+from optax_constraints.sets.scaled import FixedSpectralNorm as FixedSpectralNorm
+from optax_constraints.sets.scaled import fixed_spectral_norm as fixed_spectral_norm
 from optax_constraints.sets.simplex import CenterAround as CenterAround
 from optax_constraints.sets.simplex import HalfSpace as HalfSpace
 from optax_constraints.sets.simplex import Hyperplane as Hyperplane

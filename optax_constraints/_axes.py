@@ -3,11 +3,22 @@
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from optax_constraints._text import describe, shown, warn
 
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
+
+
+class Convolution(NamedTuple):
+    """How a layer moves its kernel (*window, in / groups, out) over an image."""
+
+    strides: tuple[int, ...]
+    padding: Any
+    """Text, or how many zeros are around an image."""
+    dilation: tuple[int, ...]
+    groups: int
+    input_dilation: tuple[int, ...]
 
 
 class LeafLayout(NamedTuple):
@@ -19,6 +30,8 @@ class LeafLayout(NamedTuple):
     """The axes of the leaf along which a unit's incoming weights run; None if not known."""
     stacked: tuple[int, ...] = ()
     """The axes of the leaf along which layers are stacked, as by `nn.scan` or `nnx.vmap`."""
+    convolution: Convolution | None = None
+    """What the layer does with a kernel, if it is a convolution."""
 
     def without(self, axes: tuple[int, ...]) -> "LeafLayout":
         """The same of one slice along these axes."""

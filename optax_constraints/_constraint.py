@@ -85,6 +85,12 @@ class Constraint:
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
 
+    starts_anew: ClassVar[bool] = False
+    """Whether what it remembers only saves work, so that `advance` can do without: with `()`."""
+
+    _not_shown: ClassVar[tuple[str, ...]] = ("axis", "axis_name")
+    """Fields that the report leaves out."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Makes an object, and the first of its class known to JAX."""
         if (args or kwargs) and cls.__init__ is object.__init__:
@@ -380,8 +386,8 @@ class Constraint:
         """The name with its hyperparameters, without the axis, as the report shows it."""
         if not dataclasses.is_dataclass(self):
             return type(self).__name__
-        left_out = ("axis", "axis_name")
-        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out)
+        names = (f.name for f in dataclasses.fields(self) if f.name not in self._not_shown)
+        values = (getattr(self, name) for name in names)
         return f"{type(self).__name__}({', '.join(map(_short, values))})"
 
 

@@ -139,6 +139,18 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     return _differentiable_norm(x, axis)
 
 
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """A power of two by which a number, such as the largest of many, comes near 1.
+
+    Of zero, subnormal numbers and what is not finite it is 1.
+    """
+    ordinary = (largest >= jnp.finfo(largest.dtype).tiny) & (largest < jnp.inf)
+    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
+    # 2^-128 is not a normal float32.
+    exponent = jnp.minimum(exponent, jnp.finfo(largest.dtype).maxexp - 2)
+    return jnp.ldexp(jnp.ones_like(largest), -exponent)
+
+
 def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """`x` to the bit, but on the CPU it is not known until the array `before` is.
 

@@ -31,6 +31,10 @@ PAGE = (TESTS.parent / "docs" / "composition.md").read_text()
 ROWS = {
     "`chain(optimizer, project)`": ("holds", "test_last"),
     "`projected(optimizer, rules)`": ("holds", "test_projected.test_through_wrappers"),
+    "`tx.update(grads, state)`, without parameters": (
+        "refused",
+        "test_kept_params.test_without_it_the_error_names_it",
+    ),
     "`chain(project, optimizer)`": ("does not hold", "test_first"),
     "`chain(optimizer, project, scale)`": ("does not hold", "test_followed"),
     "`add_decayed_weights` before `project`": ("holds", "test_decay_before"),

@@ -142,7 +142,9 @@ def bind(rules: Any) -> bool:
 def warm():
     """Loads and binds each set once, so that what JAX imports when first used is there."""
     for name, arguments in _GOOD.items():
-        oc.project(oc.deserialize({"class_name": name, "config": arguments})).init(jnp.eye(3))
+        oc.project(oc.deserialize({"class_name": name, "config": arguments})).init(
+            jnp.ones((3, 3, 3))
+        )
     for relative in (oc.max_norm("2x init"), oc.max_rms("init"), oc.fixed_norm("init", axis=0)):
         oc.project({"kernel": oc.Stacked(relative), "bias": relative}, strict=False).init(PARAMS)
 
@@ -502,12 +504,20 @@ _GOOD: dict[str, dict[str, Any]] = {
     "Compose": {"constraints": ["non_neg", "max_norm"]},
     "FixedNorm": {"value": "init"},
     "FixedRMS": {"value": "init"},
+    "FixedSpectralNorm": {"value": 1.0},
     "Grid": {"values": [-1, 0, 1]},
     "HalfSpace": {"normal": [1.0, 2.0, 3.0]},
     "Hyperplane": {"normal": [1.0, 2.0, 3.0]},
     "Intersection": {"constraints": ["non_neg", "max_norm"]},
     "LowRank": {"rank": 1},
     "Mask": {"mask": [1, 0, 1]},
+    "MaxOperatorNorm": {
+        "max_value": 1.0,
+        "strides": 1,
+        "padding": "SAME",
+        "dilation": 1,
+        "groups": 1,
+    },
     "MaxRMS": {"max_value": 1.0},
     "NM": {"n": 1, "m": 3},
     "NuclearNormBall": {"radius": 1.0},

@@ -489,6 +489,7 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "CenterAround": st.builds(oc.CenterAround, _number, _axis),
     "DoublyStochastic": st.builds(oc.DoublyStochastic),
     "FixedRMS": st.builds(oc.FixedRMS, _bound, _axis),
+    "FixedSpectralNorm": st.builds(oc.FixedSpectralNorm, _positive(_number), _axis),
     "FixedNorm": st.builds(oc.FixedNorm, _bound, _axis),
     "Grid": st.builds(oc.Grid, _numbers),
     "HalfSpace": st.builds(oc.HalfSpace, _numbers.filter(any), _number, _axis),
@@ -497,8 +498,18 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "LowRank": st.builds(oc.LowRank, st.integers(0, 9), _axis),
     "Mask": st.builds(oc.Mask, st.lists(st.booleans(), min_size=1, max_size=4) | _init),
     "MaxNorm": st.builds(oc.MaxNorm, _bound, _axis),
+    "MaxOperatorNorm": st.builds(
+        oc.MaxOperatorNorm,
+        _positive(_number),
+        st.none() | st.integers(1, 3) | st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        st.sampled_from([None, "SAME", "CIRCULAR", 1, [[0, 1], [1, 2]]]),
+        st.none() | st.integers(1, 3),
+        st.none() | st.integers(1, 3),
+    ),
     "MaxRMS": st.builds(oc.MaxRMS, _bound, _axis),
-    "MaxSpectralNorm": st.builds(oc.MaxSpectralNorm, _positive(_number), _axis),
+    "MaxSpectralNorm": st.builds(
+        oc.MaxSpectralNorm, _positive(_number), _axis, st.sampled_from(["clip", "scale"])
+    ),
     "MinMaxNorm": st.builds(
         oc.MinMaxNorm, st.floats(0, 1), st.floats(1, 2) | st.just("init"), st.floats(0, 1), _axis
     ),

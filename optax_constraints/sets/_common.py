@@ -183,6 +183,11 @@ def positive_part(a: jax.Array) -> jax.Array:
     return jnp.where(finite, product, jnp.nan)
 
 
+def spectral_tolerance(a: jax.Array) -> float:
+    """The relative rounding of singular values and of entries of a Gram matrix."""
+    return (4 + max(a.shape[-2:]) ** 0.5 / 4) * _numerics.eps(a.dtype)
+
+
 class UnitSet(Constraint):
     """Base of the sets that hold for each unit: one slice of the weights along `axis`."""
 
