@@ -1,7 +1,6 @@
 """Sets that are given by a pattern: where zeros are, which signs, what is equal to what."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -373,11 +372,7 @@ class Tied(Constraint):
         labels = self._labels(None, w.shape)
         if not w.size:
             return w
-        # As an argument of a compiled function, labels are not known, but for their range.
-        number = int(np.max(labels)) + 1 if is_readable(labels) else labels.size
-        return automatic(
-            lambda w, labels: _ties(w, labels, number), w, beside(jnp.asarray(labels), w)
-        )
+        return automatic(_ties, w, beside(jnp.asarray(labels), w), _sizes(labels))
 
     def _labels(self, path: str | None, shape: tuple[int, ...]) -> Any:
         labels = _renumbered(self.labels(shape)) if callable(self.labels) else self.labels
@@ -426,38 +421,46 @@ def _renumbered(labels: Any) -> np.ndarray:
     return numbers.reshape(array.shape).astype(np.int32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _tied(w: jax.Array, labels: jax.Array, number: int) -> jax.Array:
+def _sizes(labels: Any) -> jax.Array:
+    """How often there is each label; by NumPy where it can: XLA takes long to fold such a sum."""
+    if is_readable(labels):
+        return jnp.asarray(np.bincount(np.asarray(labels).ravel()), jnp.int32)
+    # As an argument of a compiled function, labels are not known, but for their range.
+    return jnp.zeros(labels.size, jnp.int32).at[labels].add(1)
+
+
+@jax.custom_jvp
+def _tied(w: jax.Array, labels: jax.Array, sizes: jax.Array) -> jax.Array:
     """The mean of each label in the place of its entries; labels have as many axes."""
     x = widen("Tied", w)
     # From the largest, so that the mean of equal entries is that.
     axes = _shared_axes(x, labels)
-    lowest = jnp.full(number, jnp.finfo(x.dtype).min, x.dtype)
+    lowest = jnp.full(sizes.shape, jnp.finfo(x.dtype).min, x.dtype)
     mean = lowest.at[labels].max(jnp.max(x, axis=axes, keepdims=True))[labels]
     for _ in range(2):
-        mean = mean + _mean(x - mean, labels, number)
+        mean = mean + _mean(x - mean, labels, sizes)
     mean = jnp.where(jnp.isfinite(mean), mean, jnp.nan).astype(w.dtype)
     return jnp.where(mean == w, w, mean)  # a zero keeps its sign
 
 
 @_tied.defjvp
-def _tied_jvp(number: int, primals: Any, tangents: Any) -> Any:
-    w, labels = primals
+def _tied_jvp(primals: Any, tangents: Any) -> Any:
+    w, labels, sizes = primals
     dx = widen("Tied", tangents[0])
-    mean = jnp.broadcast_to(_mean(dx, labels, number), dx.shape)
-    return _tied(w, labels, number), mean.astype(w.dtype)
+    mean = jnp.broadcast_to(_mean(dx, labels, sizes), dx.shape)
+    return _tied(w, labels, sizes), mean.astype(w.dtype)
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
-_ties = jax.jit(_tied, static_argnums=2)
+_ties = jax.jit(_tied)
 
 
-def _mean(x: jax.Array, labels: jax.Array, number: int) -> jax.Array:
+def _mean(x: jax.Array, labels: jax.Array, sizes: jax.Array) -> jax.Array:
     """The mean over each label, beside its labels."""
     axes = _shared_axes(x, labels)
-    total = jnp.zeros(number, x.dtype).at[labels].add(jnp.sum(x, axis=axes, keepdims=True))
-    count = jnp.zeros(number, jnp.int32).at[labels].add(x.size // labels.size)
-    return (total / jnp.maximum(count, 1).astype(x.dtype))[labels]
+    total = jnp.zeros(sizes.shape, x.dtype).at[labels].add(jnp.sum(x, axis=axes, keepdims=True))
+    count = jnp.maximum(sizes, 1) * (x.size // labels.size)
+    return (total / count.astype(x.dtype))[labels]
 
 
 def _shared_axes(x: jax.Array, labels: jax.Array) -> tuple[int, ...]:
