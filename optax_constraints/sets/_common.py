@@ -173,6 +173,11 @@ class InParts(Constraint):
         raise NotImplementedError
 
 
+def sum_rounding(x: jax.Array) -> float:
+    """The rounding of a sum, relative to the sum of the magnitudes."""
+    return 8 * _numerics.eps(x.dtype)
+
+
 def positive_part(a: jax.Array) -> jax.Array:
     """The nearest positive semidefinite matrices to symmetric ones; NaN where not finite."""
     finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
