@@ -47,10 +47,12 @@ from optax_constraints.sets.elementwise import scale as scale
 from optax_constraints.sets.elementwise import zero_diagonal as zero_diagonal
 from optax_constraints.sets.intersection import Intersection as Intersection
 from optax_constraints.sets.intersection import intersection as intersection
+from optax_constraints.sets.linear import Affine as Affine
 from optax_constraints.sets.linear import CenterAround as CenterAround
 from optax_constraints.sets.linear import HalfSpace as HalfSpace
 from optax_constraints.sets.linear import Hyperplane as Hyperplane
 from optax_constraints.sets.linear import SumTo as SumTo
+from optax_constraints.sets.linear import affine as affine
 from optax_constraints.sets.linear import center_around as center_around
 from optax_constraints.sets.linear import half_space as half_space
 from optax_constraints.sets.linear import hyperplane as hyperplane
@@ -81,6 +83,8 @@ from optax_constraints.sets.order import TopK as TopK
 from optax_constraints.sets.order import monotone as monotone
 from optax_constraints.sets.order import nm as nm
 from optax_constraints.sets.order import top_k as top_k
+from optax_constraints.sets.section import BoxSection as BoxSection
+from optax_constraints.sets.section import box_section as box_section
 from optax_constraints.sets.simplex import L1Ball as L1Ball
 from optax_constraints.sets.simplex import Simplex as Simplex
 from optax_constraints.sets.simplex import l1_ball as l1_ball

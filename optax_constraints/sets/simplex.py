@@ -1,4 +1,4 @@
-"""Sets given by a threshold for each unit: simplexes, l1 balls and sections of boxes.
+"""Sets given by a threshold for each unit: simplexes and l1 balls.
 
 A unit whose sum misses its value only by the rounding of that sum (8 machine epsilons of the
 dtype it was taken in, times the sum of the magnitudes) is allowed, and comes back bit for bit.
@@ -11,7 +11,6 @@ simplex the projection onto the plane of its sum.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,24 +28,21 @@ from optax_constraints.sets._common import (
     Terms,
     Units,
     UnitSet,
+    each,
+    in_compute_dtype,
     sum_rounding,
-    totals,
     widen,
 )
-
-_MAX = sys.float_info.max
-
+from optax_constraints.sets.linear import (
+    MAX,
+)
 
 # Simplexes and l1 balls: a threshold for each unit.
 
 
 def _excess(parts: Parts, total: jax.Array, units: Units) -> jax.Array:
     """By how much the sum passes `total`; near to it, without the rounding of large sums."""
-    return units.sum(_each(lambda x: x - total / units.size(parts), parts))
-
-
-def _each(function: Callable[..., jax.Array], *parts: Parts) -> Parts:
-    return tuple(map(function, *parts))
+    return units.sum(each(lambda x: x - total / units.size(parts), parts))
 
 
 def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
@@ -61,13 +57,6 @@ def _apart(threshold: jax.Array, excess: jax.Array) -> jax.Array:
         cpu=lambda threshold, excess: jnp.minimum(threshold, threshold + jnp.abs(excess)),
         default=lambda threshold, excess: threshold,
     )
-
-
-def _wide(terms: Terms, after: jax.Array | None = None) -> Parts:
-    """What the terms sum to, in the dtype of their sums."""
-    parts = totals(terms, after)
-    dtype = _numerics.compute_dtype(*(part.dtype for part in parts))
-    return _each(lambda x: x.astype(dtype), parts)
 
 
 def _shrink(
@@ -93,7 +82,7 @@ def _shrink(
     top = jnp.where(free, 0, units.max(parts))
 
     def below_top(after: jax.Array | None) -> Parts:
-        return _each(lambda x: x - top, read(after))
+        return each(lambda x: x - top, read(after))
 
     lowest = jnp.maximum(-total, (units.sum(below_top(None)) - total) / size)
     threshold = jnp.where(free, 0, lowest)
@@ -102,9 +91,9 @@ def _shrink(
         threshold, rest, active, done = state
         threshold = jnp.where(done, threshold, threshold + rest)
         z = below_top(threshold)
-        excess = _excess(_each(lambda z: jnp.maximum(z - threshold, 0), z), total, units)
+        excess = _excess(each(lambda z: jnp.maximum(z - threshold, 0), z), total, units)
         cut = _apart(threshold, excess)
-        now = units.count(_each(lambda z: z > cut, below_top(cut)))
+        now = units.count(each(lambda z: z > cut, below_top(cut)))
         rest = jnp.where(done, rest, excess / jnp.maximum(now, 1).astype(excess.dtype))
         return threshold, rest, now, done | (now >= active) | (excess <= 0)
 
@@ -116,15 +105,15 @@ def _shrink(
     )
     rest = jnp.where(finite, rest, jnp.nan)
     least = jnp.where(free, -jnp.inf, jnp.maximum(rest, 0))
-    z = _each(lambda z: z - threshold, below_top(threshold))
-    return _each(lambda z: jnp.where(z <= least, 0, z - rest), z)
+    z = each(lambda z: z - threshold, below_top(threshold))
+    return each(lambda z: jnp.where(z <= least, 0, z - rest), z)
 
 
 def _mean_off(dx: Parts, total: jax.Array, active: Parts, units: Units) -> Parts:
     """Shifts the active entries by the same amount to the sum `total`; all others are 0."""
-    moved = units.sum(_each(lambda d, a: jnp.where(a, d, 0), dx, active))
+    moved = units.sum(each(lambda d, a: jnp.where(a, d, 0), dx, active))
     shift = (moved - total) / jnp.maximum(units.count(active), 1).astype(moved.dtype)
-    return _each(lambda d, a: jnp.where(a, d - shift, 0), dx, active)
+    return each(lambda d, a: jnp.where(a, d - shift, 0), dx, active)
 
 
 def _in_simplex(parts: Parts, total: jax.Array, units: Units) -> jax.Array:
@@ -136,10 +125,10 @@ def _in_simplex(parts: Parts, total: jax.Array, units: Units) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 def _onto_simplex(terms: Terms, total: jax.Array, units: Units) -> Parts:
-    parts = _wide(terms)
+    parts = in_compute_dtype(terms)
     finite = (units.max(parts) < jnp.inf) & (units.min(parts) > -jnp.inf)
     free = _in_simplex(parts, total, units)
-    return _shrink(functools.partial(_wide, terms), total, free, finite, units)
+    return _shrink(functools.partial(in_compute_dtype, terms), total, free, finite, units)
 
 
 @_onto_simplex.defjvp
@@ -147,34 +136,36 @@ def _onto_simplex_jvp(units, primals, tangents):
     (terms, total), (dterms, dtotal) = primals, tangents
     y = _onto_simplex(terms, total, units)
     # At a point of the set along its plane, as inside, also where an entry is zero.
-    inside = _in_simplex(_wide(terms), total, units)
-    return y, _mean_off(_wide(dterms), dtotal, _each(lambda y: (y > 0) | inside, y), units)
+    inside = _in_simplex(in_compute_dtype(terms), total, units)
+    return y, _mean_off(
+        in_compute_dtype(dterms), dtotal, each(lambda y: (y > 0) | inside, y), units
+    )
 
 
 def _in_l1_ball(parts: Parts, radius: jax.Array, units: Units) -> jax.Array:
-    return _excess(_each(jnp.abs, parts), radius, units) <= sum_rounding(parts[0]) * radius
+    return _excess(each(jnp.abs, parts), radius, units) <= sum_rounding(parts[0]) * radius
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 def _onto_l1_ball(terms: Terms, radius: jax.Array, units: Units) -> Parts:
     def magnitudes(after: jax.Array | None) -> Parts:
-        return _each(jnp.abs, _wide(terms, after))
+        return each(jnp.abs, in_compute_dtype(terms, after))
 
-    parts = _wide(terms)
+    parts = in_compute_dtype(terms)
     finite = units.max(magnitudes(None)) < jnp.inf
     shrunk = _shrink(magnitudes, radius, _in_l1_ball(parts, radius, units), finite, units)
-    return _each(jnp.copysign, shrunk, parts)
+    return each(jnp.copysign, shrunk, parts)
 
 
 @_onto_l1_ball.defjvp
 def _onto_l1_ball_jvp(units, primals, tangents):
     (terms, radius), (dterms, dradius) = primals, tangents
-    y, dx = _onto_l1_ball(terms, radius, units), _wide(dterms)
-    sign, inside = _each(jnp.sign, y), _in_l1_ball(_wide(terms), radius, units)
-    active = _each(lambda y: y != 0, y)
-    outside = _mean_off(_each(jnp.multiply, sign, dx), dradius, active, units)
-    return y, _each(lambda d, s, o: jnp.where(inside, d, s * o), dx, sign, outside)
+    y, dx = _onto_l1_ball(terms, radius, units), in_compute_dtype(dterms)
+    sign, inside = each(jnp.sign, y), _in_l1_ball(in_compute_dtype(terms), radius, units)
+    active = each(lambda y: y != 0, y)
+    outside = _mean_off(each(jnp.multiply, sign, dx), dradius, active, units)
+    return y, each(lambda d, s, o: jnp.where(inside, d, s * o), dx, sign, outside)
 
 
 def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array:
@@ -186,9 +177,9 @@ def _on_face(u: Parts, free: Parts, start: jax.Array, units: Units) -> jax.Array
     size = jnp.full_like(start, units.size(u) + 1, jnp.int32)
 
     def moved(u: Parts, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inside = _each(lambda u, free: free | (u > threshold), u, free)
+        inside = each(lambda u, free: free | (u > threshold), u, free)
         now = units.count(inside)
-        rest = units.sum(_each(lambda u, i: jnp.where(i, u - threshold, 0), u, inside))
+        rest = units.sum(each(lambda u, i: jnp.where(i, u - threshold, 0), u, inside))
         rest = rest / jnp.maximum(now, 1).astype(rest.dtype)
         return threshold + jnp.where(now > 0, rest, 0), now
 
@@ -215,11 +206,11 @@ class _ThresholdSet(InParts, UnitSet):
 
     def _onto(self, terms: Terms, units: Units) -> Parts:
         parts = tuple(weights for weights, *_ in terms)
-        wide = _each(functools.partial(widen, type(self).__name__), parts)
+        wide = each(functools.partial(widen, type(self).__name__), parts)
         if not units.size(parts):
             return parts
         new = self._shrunk(terms, _numerics.widest(*(part.dtype for part in wide)), units)
-        return _each(lambda new, w: new.astype(w.dtype), new, parts)
+        return each(lambda new, w: new.astype(w.dtype), new, parts)
 
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
         """The projection in a dtype in which sums are taken."""
@@ -260,7 +251,7 @@ class Simplex(_ThresholdSet):
 
     convex: ClassVar[bool] = True
 
-    total: Number = number(1.0, low=0, high=_MAX)
+    total: Number = number(1.0, low=0, high=MAX)
     axis: Axis = 0
 
     def _shrunk(self, terms: Terms, dtype: jnp.dtype, units: Units) -> Parts:
@@ -270,9 +261,9 @@ class Simplex(_ThresholdSet):
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
         # Entries that are zero may only grow, and what the others lose they gain.
-        free = _each(lambda w: w > slack, w)
+        free = each(lambda w: w > slack, w)
         level = _on_face(v, free, units.sum(v) / units.size(v), units)
-        return _each(lambda d, f: jnp.where(f, d - level, jnp.maximum(d - level, 0)), v, free)
+        return each(lambda d, f: jnp.where(f, d - level, jnp.maximum(d - level, 0)), v, free)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with an entry of 0."""
@@ -325,13 +316,13 @@ class L1Ball(_ThresholdSet):
     def _along_parts(
         self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
     ) -> Parts:
-        total = units.sum(_each(jnp.abs, w))
+        total = units.sum(each(jnp.abs, w))
         near = 2 * rounding + sum_rounding(total)
         at_bound = total >= value(self.radius, total.dtype) * (1 - near) - slack
         # Of an entry that is zero any move is one away from it.
-        sign = _each(lambda w, d: jnp.sign(jnp.where(jnp.abs(w) > slack, w, d)), w, v)
-        free = _each(lambda w: jnp.abs(w) > slack, w)
-        growth = _each(jnp.multiply, sign, v)
+        sign = each(lambda w, d: jnp.sign(jnp.where(jnp.abs(w) > slack, w, d)), w, v)
+        free = each(lambda w: jnp.abs(w) > slack, w)
+        growth = each(jnp.multiply, sign, v)
         outwards = at_bound & (units.sum(growth) > 0)
         level = _on_face(growth, free, jnp.zeros_like(total), units)
 
@@ -339,7 +330,7 @@ class L1Ball(_ThresholdSet):
             kept = jnp.where(f, g - level, jnp.maximum(g - level, 0))
             return jnp.where(outwards, s * kept, d)
 
-        return _each(along, v, sign, growth, free)
+        return each(along, v, sign, growth, free)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units whose magnitudes sum to the radius, up to rounding."""
