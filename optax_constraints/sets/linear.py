@@ -437,6 +437,9 @@ class Affine(UnitSet):
     b: Any = 0.0
     axis: Axis = 0
 
+    # What `_orthonormal` returned. As an attribute it goes where the arrays of the fields go.
+    _found: ClassVar[tuple[Any, ...] | None] = None
+
     def __post_init__(self):
         a = check_array(f"Affine: a={shown(self.a)}", self.a)
         b = check_array(f"Affine: b={shown(self.b)}", self.b)
@@ -453,10 +456,7 @@ class Affine(UnitSet):
         object.__setattr__(self, "a", a)
         object.__setattr__(self, "b", b)
         super().__post_init__()
-        rows, mix, point = _orthonormal(readable(a), readable(b), shown(self.b))
-        object.__setattr__(self, "_rows", rows)
-        object.__setattr__(self, "_mix", mix)
-        object.__setattr__(self, "_point", point)
+        object.__setattr__(self, "_found", _orthonormal(readable(a), readable(b), shown(self.b)))
 
     def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
         """This constraint for one leaf, whose units the rows must fit."""
@@ -497,28 +497,25 @@ class Affine(UnitSet):
     def _equations(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Orthonormal rows, and what units make of them."""
         b = jnp.broadcast_to(jnp.asarray(self.b, dtype), self.a.shape[:1])
-        if self._rows is None:
+        if self._found is None:
             # With R from A^T = Q R the equations are Q^T x = R^-T b.
             q, r = jnp.linalg.qr(jnp.asarray(self.a, dtype).reshape(self.a.shape[0], -1).T)
             point = jax.scipy.linalg.solve_triangular(r, b, trans=1)
             return q.T, point
-        rows = jnp.asarray(self._rows, dtype)
-        if self._point is None:
-            return rows, _matmul(jnp.asarray(self._mix, dtype), b)
-        return rows, jnp.asarray(self._point, dtype)
+        rows, mix, *point = (jnp.asarray(x, dtype) for x in self._found)
+        return rows, point[0] if point else _matmul(mix, b)
 
 
 affine = Affine
 
 
-def _orthonormal(a: np.ndarray | None, b: np.ndarray | None, given: str) -> tuple:
-    """Orthonormal rows that span those of a matrix.
+def _orthonormal(a: np.ndarray | None, b: np.ndarray | None, given: str) -> tuple | None:
+    """Orthonormal rows that span those of a matrix, if it is known.
 
-    Then the mix of rows that they are, and the product with them that solves the equations; None
-    for what is not known yet.
+    Then the mix of rows that they are and, if `b` is known, too, what solutions make of them.
     """
     if a is None:
-        return None, None, None
+        return None
     a = a.reshape(len(a), -1)
     length = np.max(np.abs(a), axis=1, keepdims=True)
     length = length * np.linalg.norm(a / np.where(length > 0, length, 1), axis=1, keepdims=True)
@@ -530,7 +527,7 @@ def _orthonormal(a: np.ndarray | None, b: np.ndarray | None, given: str) -> tupl
     rows = vt[:rank]
     mix = (u[:, :rank] / s[:rank]).T * scale[:, 0]
     if b is None:
-        return rows, mix, None
+        return rows, mix
     b = np.broadcast_to(b, len(a))
     point = mix @ b
     missed = np.abs(a @ (rows.T @ point) - b) * scale[:, 0]

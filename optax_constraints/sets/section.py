@@ -114,7 +114,7 @@ def _bracket(x: Parts, section: _Section, units: Units) -> tuple[tuple, tuple, j
     leave, which on a simplex says nearly where the root is.
     """
 
-    def ends(low: jax.Array, high: jax.Array, a: jax.Array) -> jax.Array:
+    def ends(low: jax.Array, high: jax.Array, a: jax.Array) -> Any:
         """The least product of an entry, and the largest."""
         one, other = (jnp.where(a == 0, 0, end * a) for end in (low, high))
         return jnp.minimum(one, other), jnp.maximum(one, other)
@@ -159,8 +159,10 @@ def _total(beside: Parts, x: Parts, units: Units) -> jax.Array:
 
 def _multiplier(
     read: Callable[[jax.Array | None], Parts], section: _Section, done: jax.Array, units: Units
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Two numbers of steps against the normal, between which units meet the plane.
+
+    And what can be beyond the plane by rounding.
 
     Newton's method for the inner product as a function of the steps, which falls and is linear
     between the points where an entry meets a bound. It is there when a step leaves the active
@@ -228,7 +230,7 @@ def _multiplier(
         ((low, over), (high, under), start, inf, weight + 0 * start, done, 0),
     )
     # One of them, if no steps lead to the other side, as rounding may have it.
-    return jnp.where(low > -inf, low, high), jnp.where(high < inf, high, low)
+    return jnp.where(low > -inf, low, high), jnp.where(high < inf, high, low), noise / 8
 
 
 def _movable(
@@ -261,13 +263,21 @@ def _onto_section(terms: Terms, section: _Section, units: Units, half: bool) -> 
     free = _is_in_section(x, section, units, half)
     below = _is_below(x, section, units) if half else jnp.zeros_like(free)
     read = functools.partial(in_compute_dtype, terms)
-    low, high = _multiplier(read, section, free | below | ~finite, units)
+    low, high, noise = _multiplier(read, section, free | below | ~finite, units)
+
+    def correct(state):
+        y, beyond, count = state
+        movable = functools.partial(_movable, low=low, high=high, beyond=beyond)
+        active = each(movable, x, y, *section[:3])
+        moved = _clipped(y, _step(beyond, _weight(active, section, units)), section)
+        y = each(jnp.where, active, moved, y)
+        return y, jnp.where(below, 0, _beyond(y, section, units)), count + 1
+
     y = _clipped(x, low, section)
-    beyond = jnp.where(below, 0, _beyond(y, section, units))
-    movable = functools.partial(_movable, low=low, high=high, beyond=beyond)
-    active = each(movable, x, y, *section[:3])
-    moved = _clipped(y, _step(beyond, _weight(active, section, units)), section)
-    y = each(jnp.where, active, moved, y)
+    state = y, jnp.where(below, 0, _beyond(y, section, units)), 0
+    y, *_ = lax.while_loop(
+        lambda state: (state[-1] < 4) & jnp.any(jnp.abs(state[1]) > noise), correct, state
+    )
     return each(lambda x, y: jnp.where(free, x, jnp.where(finite, y, jnp.nan)), x, y)
 
 
@@ -440,6 +450,9 @@ class BoxSection(InParts, UnitSet):
     ) -> Parts:
         # The cone is a section, too: of what is at a bound one side, of all others everything.
         section = self._section(w, v[0].dtype, units)
+        # What the projection leaves of an entry at a bound can be the rounding of the sum.
+        size = units.sum(each(lambda w, a: jnp.abs(w * a), w, section.normal))
+        slack = slack + 2 * _numerics.eps(size.dtype) * size
         zero, inf = jnp.zeros((), v[0].dtype), jnp.asarray(jnp.inf, v[0].dtype)
         lower = each(lambda w, b: jnp.where(w <= b + slack, zero, -inf), w, section.lower)
         upper = each(lambda w, b: jnp.where(w >= b - slack, zero, inf), w, section.upper)
