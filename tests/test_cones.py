@@ -118,6 +118,24 @@ ORACLES = {
     "l1_ball": (oc.l1_ball(), N, of_l1),
     "sum_to": (oc.sum_to(1.0), N, lambda w, d: [cp.sum(d) == 0]),
     "hyperplane": (oc.hyperplane(NORMAL), N, lambda w, d: [NORMAL @ d == 0]),
+    "affine": (
+        oc.affine([NORMAL, NORMAL**2], [1.0, 2.0]),
+        N,
+        lambda w, d: [NORMAL @ d == 0, NORMAL**2 @ d == 0],
+    ),
+    "box_section": (
+        oc.box_section(-0.25, 0.5, NORMAL, 0.5),
+        N,
+        lambda w, d: [NORMAL @ d == 0, *signs(d, w == -0.25, w == 0.5)],
+    ),
+    "box_section_below": (
+        oc.box_section(None, np.linspace(0, 0.5, N), NORMAL, 0.5, equality=False),
+        N,
+        lambda w, d: [
+            *([NORMAL @ d <= 0] if NORMAL @ w > 0.5 - 1e-5 else []),
+            *signs(d, np.zeros(N, bool), np.abs(w - np.linspace(0, 0.5, N)) < 1e-7),
+        ],
+    ),
     "half_space": (
         oc.half_space(NORMAL, -1.0),
         N,
@@ -374,6 +392,8 @@ def test_a_bound_that_is_relative_to_init_is_kept_in_the_state():
         oc.simplex(axis=None),
         oc.l1_ball(axis=None),
         oc.sum_to(1.0, axis=None),
+        oc.box_section(-0.25, 0.5, np.linspace(-1, 2, 11), 0.5, axis=None),
+        oc.affine([np.linspace(-1, 2, 11), np.ones(11)], axis=None),
     ],
 )
 def test_groups_have_the_cone_of_their_vector(constraint):
@@ -502,6 +522,8 @@ def test_inside_nothing_changes_to_the_bit():
         oc.simplex(),
         oc.l1_ball(),
         oc.monotone(),
+        oc.box_section(-0.25, 0.5, np.linspace(-1, 2, 7), 0.5),
+        oc.box_section(0.0, 0.5, equality=False),
         oc.doubly_stochastic(),
         oc.sign(np.sign(np.linspace(-1, 1, 7))[:, None]),
         oc.tied(np.arange(21).reshape(7, 3) % 4),

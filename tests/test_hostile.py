@@ -499,7 +499,9 @@ def test_what_is_registered_is_not_called():
 # Arguments that make each set, for those that need some.
 _GOOD: dict[str, dict[str, Any]] = {
     "Around": {"constraint": "max_norm"},
+    "Affine": {"a": [[1.0, 2.0, 3.0]]},
     "Box": {"lower": -1.0},
+    "BoxSection": {"lower": 0.0, "upper": 1.0},
     "CenterAround": {"ref_value": 0.0},
     "Compose": {"constraints": ["non_neg", "max_norm"]},
     "FixedNorm": {"value": "init"},

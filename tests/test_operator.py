@@ -240,8 +240,8 @@ def told(**changes: Any) -> LeafLayout:
         (
             oc.max_operator_norm(1.0),
             None,
-            r"'conv/kernel' of shape \(3, 3, 2, 4\): a kernel does not tell the strides and padding "
-            r"and dilation and groups of its layer. Give layout=layout\(model\), or write",
+            r"'conv/kernel' of shape \(3, 3, 2, 4\): a kernel does not tell the strides and "
+            r"padding and dilation and groups of its layer. Give layout=layout\(model\), or write",
         ),
         (
             oc.max_operator_norm(1.0, strides=1, padding="SAME", groups=1),

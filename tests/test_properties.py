@@ -486,6 +486,19 @@ def _positive(strategy: st.SearchStrategy) -> st.SearchStrategy:
 _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "Box": st.builds(lambda a, b: oc.Box(min(a, b), max(a, b)), _number, _number)
     | st.builds(oc.Box, st.none(), _numbers),
+    "Affine": st.builds(
+        lambda row, b, axis: oc.Affine([row], b, axis), _numbers.filter(any), _number, _axis
+    ),
+    "BoxSection": st.builds(
+        lambda a, b, normal, axis, equality: oc.BoxSection(
+            min(a, b), max(a, b), normal, axis=axis, equality=equality
+        ),
+        _number,
+        _number,
+        st.none() | _numbers.filter(any),
+        _axis,
+        st.booleans(),
+    ),
     "CenterAround": st.builds(oc.CenterAround, _number, _axis),
     "DoublyStochastic": st.builds(oc.DoublyStochastic),
     "FixedRMS": st.builds(oc.FixedRMS, _bound, _axis),
@@ -547,6 +560,7 @@ _constraints = st.recursive(
     ),
     max_leaves=4,
 )
+_WITH_ARRAYS = ('"Affine"', '"Around"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"')
 _combinators = ("Around", "Stacked", "Soft", "Part", "Compose", "Intersection")
 _drawn_rules = st.recursive(
     _constraints | st.none(),
@@ -594,9 +608,7 @@ def test_constraints_survive_json(constraint):
     again = oc.deserialize(json.loads(text))
     assert fields_of(again) == fields_of(constraint)
     assert json.dumps(oc.serialize(again)) == text
-    if not any(
-        word in text for word in ('"Around"', '"Box"', '"Mask"', '"Hyperplane"', '"HalfSpace"')
-    ):
+    if not any(word in text for word in _WITH_ARRAYS):
         # Arrays may come back in another dtype.
         assert again == constraint
         assert hash(again) == hash(constraint)

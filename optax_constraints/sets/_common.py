@@ -119,6 +119,18 @@ def totals(terms: Terms, after: jax.Array | None = None) -> Parts:
     return tuple(total(*own) for own in terms)
 
 
+def each(function: Callable[..., jax.Array], *parts: Parts) -> Parts:
+    """A function of each of the arrays that belong together."""
+    return tuple(map(function, *parts))
+
+
+def in_compute_dtype(terms: Terms, after: jax.Array | None = None) -> Parts:
+    """What the terms sum to, in the dtype of their sums; `after` as for `totals`."""
+    parts = totals(terms, after)
+    dtype = _numerics.compute_dtype(*(part.dtype for part in parts))
+    return each(lambda x: x.astype(dtype), parts)
+
+
 class InParts(Constraint):
     """Base of the sets that can project a vector whose parts are arrays in several places."""
 
@@ -171,6 +183,11 @@ class InParts(Constraint):
     ) -> Parts:
         """`_along` of units, in wide weights that were rounded to an epsilon."""
         raise NotImplementedError
+
+
+def sum_rounding(x: jax.Array) -> float:
+    """The rounding of a sum, relative to the sum of the magnitudes."""
+    return 8 * _numerics.eps(x.dtype)
 
 
 def positive_part(a: jax.Array) -> jax.Array:

@@ -9,12 +9,14 @@ import optax_constraints as oc
 from cases import (
     combinators,
     elementwise,
+    linear,
     matrix,
     norm,
     operator,
     order,
     pattern,
     scaled,
+    section,
     simplex,
     spectral,
 )
@@ -26,16 +28,8 @@ from cases._case import float64 as float64
 from cases._case import norms as norms
 
 _FAMILIES = (
-    norm,
-    elementwise,
-    pattern,
-    simplex,
-    order,
-    matrix,
-    spectral,
-    scaled,
-    operator,
-    combinators,
+    *(norm, elementwise, pattern, simplex, section, linear, order),
+    *(matrix, spectral, scaled, operator, combinators),
 )
 CASES = [case for family in _FAMILIES for case in family.CASES]
 
