@@ -73,6 +73,8 @@ from optax_constraints.sets.order import TopK as TopK
 from optax_constraints.sets.order import monotone as monotone
 from optax_constraints.sets.order import nm as nm
 from optax_constraints.sets.order import top_k as top_k
+from optax_constraints.sets.polyhedron import Polyhedron as Polyhedron
+from optax_constraints.sets.polyhedron import polyhedron as polyhedron
 from optax_constraints.sets.simplex import CenterAround as CenterAround
 from optax_constraints.sets.simplex import HalfSpace as HalfSpace
 from optax_constraints.sets.simplex import Hyperplane as Hyperplane

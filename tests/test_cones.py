@@ -131,6 +131,14 @@ ORACLES = {
         N,
         lambda w, d: [d[i + 1] <= d[i] for i in np.flatnonzero(np.diff(w) > -1e-6)],
     ),
+    "lattice": (
+        oc.monotone(axis=(0, 1)),
+        SHAPE,
+        lambda w, d: [
+            *(d[i + 1, j] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=0) < 1e-6)),
+            *(d[i, j + 1] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=1) < 1e-6)),
+        ],
+    ),
     "doubly_stochastic": (
         oc.doubly_stochastic(),
         SHAPE,
@@ -462,6 +470,7 @@ def test_inside_nothing_changes_to_the_bit():
         oc.simplex(),
         oc.l1_ball(),
         oc.monotone(),
+        oc.monotone(axis=(0, 1)),
         oc.doubly_stochastic(),
     ],
     ids=str,

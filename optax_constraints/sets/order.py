@@ -31,6 +31,8 @@ from optax_constraints.sets._common import (
     check_floating,
     totals,
 )
+from optax_constraints.sets.intersection import Intersection
+from optax_constraints.sets.lattice import ROUNDS, along_lattice, onto_lattice
 
 
 class _LineSet(UnitSet):
@@ -57,7 +59,7 @@ class _LineSet(UnitSet):
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Monotone(_LineSet):
+class Monotone(UnitSet):
     """The entries of each unit are sorted: ``{w : unit[0] <= unit[1] <= ...}``.
 
     Convex; the projection is isotonic regression, exact up to rounding, and what it returns is
@@ -70,25 +72,38 @@ class Monotone(_LineSet):
 
     Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
     from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
-    Each level compiles its own program, so the first call on long units takes seconds.
 
     The pooling of neighbours that are out of order is that of M. Ayer et al., "An empirical
     distribution function for sampling with incomplete information", Annals of Mathematical
     Statistics 26, 1955.
 
+    With several axes a unit is a lattice, in which entries are sorted along each of them: the
+    intersection of the sets for one axis, and isotonic regression for a partial order. Dykstra's
+    method with momentum projects along one axis after the other, as in `Intersection`, until
+    nothing changes any more, or 1,000 times. Lattices as near to the set as in training take a
+    few rounds to come to the nearest point up to rounding (1e-6 of the largest entry); 40 x 30
+    entries of pure noise take some hundreds. What is returned is sorted to the bit also if the
+    rounds have not been enough. Calibrated lattices are those of M. Gupta et al., "Monotonic
+    calibrated interpolated look-up tables", JMLR 17, 2016. The derivative takes entries that are
+    equal within 64 machine epsilons of the largest for one pool.
+
     Args:
-        axis: The one axis along which entries are sorted, or `"fan_in"` where that is one.
+        axis: The axis along which entries are sorted, or `"fan_in"`; several axes, or None, for
+            lattices.
         increasing: Whether they increase; False for decreasing entries.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an axis is repeated; on a leaf, if `axis` is not one axis of it.
+        ValueError: If an axis is repeated; on a leaf, if it has no such axis.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> oc.monotone()(jnp.array([1.0, 3.0, 2.0, 4.0]))
         Array([1. , 2.5, 2.5, 4. ], dtype=float32)
+        >>> oc.monotone(axis=(0, 1))(jnp.array([[0.0, 3.0], [1.0, 2.0]]))
+        Array([[0. , 2.5],
+               [1. , 2.5]], dtype=float32)
     """
 
     axis: Axis = 0
@@ -107,28 +122,35 @@ class Monotone(_LineSet):
         """Projects one floating-point array; computes in float32 or wider."""
         w = jnp.asarray(w)
         wide, axes = self._widen(w)
-        axis = self._check(None, w.shape, axes)
         if not w.size:
             return w
         sign = 1 if self.increasing else -1
-        target = automatic(lambda w: _sorted(w, axis), sign * wide)
+        if len(axes) == 1:
+            target = automatic(lambda w: _sorted(w, axes[0]), sign * wide)
+        else:
+            target = automatic(lambda w: onto_lattice(_lines(len(axes)), w, axes), sign * wide)
         return (sign * target).astype(w.dtype)
 
     def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         """The vector, sorted where neighbours are equal, by pooling within them."""
         del memory
-        axis = self._check(None, w.shape, self._widen(w)[1])
-        if w.shape[axis] < 2 or not w.size:
+        axes = self._axes(w)
+        many = len(axes) > 1
+        if not w.size:
             return v
         sign = 1 if self.increasing else -1
-        rounding = 4 * _numerics.eps(w.dtype)
+        rounding = (64 if many else 4) * _numerics.eps(w.dtype)
 
         def along(w: jax.Array, v: jax.Array, slack: jax.Array) -> jax.Array:
-            largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+            largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+            if many:
+                slack = rounding * largest + slack
+                return along_lattice(_lines(len(axes)), w, v, slack, axes)
+            axis = axes[0]
             apart = jnp.diff(w, axis=axis) > rounding * largest + slack
             runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
             runs = jnp.concatenate(
-                [jnp.zeros_like(lax.slice_in_dim(runs, 0, 1, axis=axis)), runs], axis=axis
+                [jnp.zeros_like(lax.slice_in_dim(w, 0, 1, axis=axis), jnp.int32), runs], axis=axis
             )
             return _sorted(v, axis, runs)
 
@@ -136,15 +158,23 @@ class Monotone(_LineSet):
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal neighbours."""
-        axis = self._check(None, w.shape, self._widen(w)[1])
+        axes = self._widen(w)[1]
 
         def tied(w: jax.Array) -> jax.Array:
-            return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+            any_ = functools.partial(jnp.any, axis=axes, keepdims=True)
+            return functools.reduce(
+                jnp.logical_or, (any_(jnp.diff(w, axis=axis) == 0) for axis in axes)
+            )
 
         return automatic(tied, w, spec=PartitionSpec())
 
 
 monotone = Monotone
+
+
+def _lines(rank: int) -> Intersection:
+    """What is sorted along each axis of a lattice."""
+    return Intersection(*map(Monotone, range(rank)), iterations=ROUNDS)
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
@@ -225,9 +255,7 @@ def _pool_of_few(x: jax.Array, half: int, own: jax.Array | None = None) -> jax.A
         return value if own is None else jnp.where(own[:, i : i + 1], value, beyond)
 
     def least(a: jax.Array, i: int) -> jax.Array:
-        means = (
-            within((a + b) / (j - i + 1), j, jnp.inf) for b, j in ends(range(half, 2 * half))
-        )
+        means = (within((a + b) / (j - i + 1), j, jnp.inf) for b, j in ends(range(half, 2 * half)))
         return within(functools.reduce(jnp.minimum, means), i, -jnp.inf)
 
     lefts = ends(range(half - 1, -1, -1))
