@@ -75,6 +75,10 @@ from optax_constraints.sets.order import nm as nm
 from optax_constraints.sets.order import top_k as top_k
 from optax_constraints.sets.polyhedron import Polyhedron as Polyhedron
 from optax_constraints.sets.polyhedron import polyhedron as polyhedron
+from optax_constraints.sets.sequence import ConcaveSequence as ConcaveSequence
+from optax_constraints.sets.sequence import ConvexSequence as ConvexSequence
+from optax_constraints.sets.sequence import concave_sequence as concave_sequence
+from optax_constraints.sets.sequence import convex_sequence as convex_sequence
 from optax_constraints.sets.simplex import CenterAround as CenterAround
 from optax_constraints.sets.simplex import HalfSpace as HalfSpace
 from optax_constraints.sets.simplex import Hyperplane as Hyperplane
@@ -95,5 +99,7 @@ from optax_constraints.sets.spectral import low_rank as low_rank
 from optax_constraints.sets.spectral import max_spectral_norm as max_spectral_norm
 from optax_constraints.sets.spectral import nuclear_norm_ball as nuclear_norm_ball
 from optax_constraints.sets.spectral import orthogonal as orthogonal
+from optax_constraints.sets.unimodal import Unimodal as Unimodal
+from optax_constraints.sets.unimodal import unimodal as unimodal
 
 __version__ = "0.1.0"

@@ -76,6 +76,11 @@ SUMS = {
 }
 OTHERS = {
     "monotone": oc.monotone(),
+    "lattice": oc.monotone(axis=(0, 1)),
+    "unimodal": oc.unimodal(),
+    "convex_sequence": oc.convex_sequence(),
+    "concave_sequence": oc.concave_sequence(),
+    "polyhedron": oc.polyhedron(np.stack([np.linspace(-1, 2, 32), np.ones(32)]), 0.5),
     "top_k": oc.top_k(5),
     "part": oc.part(oc.non_neg(), "..., :3"),
     "orthogonal": oc.orthogonal(),

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._args import Arg
-from optax_constraints._axes import Axis, LeafLayout
+from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
-from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import (
     InParts,
+    LineSet,
     Parts,
     Terms,
     Units,
@@ -33,28 +33,6 @@ from optax_constraints.sets._common import (
 )
 from optax_constraints.sets.intersection import Intersection
 from optax_constraints.sets.lattice import ROUNDS, along_lattice, onto_lattice
-
-
-class _LineSet(UnitSet):
-    """Base of the sets in which the entries of a unit have an order: `axis` is one axis."""
-
-    def settle(
-        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
-    ) -> Constraint:
-        """This constraint with its `axis` as the axis of one leaf."""
-        settled = super().settle(path, shape, layout)
-        self._check(path, shape, cast(tuple[int, ...], cast(UnitSet, settled).axis))
-        return settled
-
-    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-        """The one axis, or the reason why there is none that fits."""
-        if len(axes) == 1:
-            return axes[0]
-        raise ValueError(
-            f"{type(self).__name__} on {describe(path, shape)}: axis={self.axis!r} is "
-            f"{len(axes)} axes here, and entries have an order along one axis only; "
-            "write that axis, such as axis=0."
-        )
 
 
 @builtin
@@ -126,7 +104,7 @@ class Monotone(UnitSet):
             return w
         sign = 1 if self.increasing else -1
         if len(axes) == 1:
-            target = automatic(lambda w: _sorted(w, axes[0]), sign * wide)
+            target = automatic(lambda w: isotonic(w, axes[0]), sign * wide)
         else:
             target = automatic(lambda w: onto_lattice(_lines(len(axes)), w, axes), sign * wide)
         return (sign * target).astype(w.dtype)
@@ -152,7 +130,7 @@ class Monotone(UnitSet):
             runs = jnp.concatenate(
                 [jnp.zeros_like(lax.slice_in_dim(w, 0, 1, axis=axis), jnp.int32), runs], axis=axis
             )
-            return _sorted(v, axis, runs)
+            return isotonic(v, axis, runs)
 
         return sign * automatic(along, sign * w.astype(v.dtype), sign * v, slack)
 
@@ -179,7 +157,7 @@ def _lines(rank: int) -> Intersection:
 
 # Compiled by itself, so that calls outside jit find the program they made before.
 @functools.partial(jax.jit, static_argnums=1)
-def _sorted(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
+def isotonic(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
     """The nearest array that increases along `axis`; with `runs`, within each of them.
 
     Those are numbers that increase along `axis`, and are the same in each run.
@@ -192,7 +170,7 @@ def _sorted(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array
     size = min(8, 1 << (n - 1).bit_length())
     x = _fill(jnp.where(finite, x, 0), size, jnp.inf)
     if runs is not None:
-        runs = _fill(jnp.moveaxis(runs, axis, 0).reshape(n, -1), size, n)
+        runs = _fill(jnp.moveaxis(runs, axis, 0).reshape(n, -1), size, -1)
     half = 1
     while half < size:
         x = _merge_few(x, runs, half)
@@ -556,7 +534,7 @@ def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class NM(_LineSet):
+class NM(LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
 
     Not convex. The projection keeps the `n` entries of largest magnitude in each group as they

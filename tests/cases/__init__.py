@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 
 import optax_constraints as oc
-from cases import combinators, elementwise, matrix, norm, order, simplex, spectral
+from cases import (
+    combinators,
+    elementwise,
+    matrix,
+    norm,
+    order,
+    polyhedron,
+    sequence,
+    simplex,
+    spectral,
+)
 from cases._case import DTYPES as DTYPES
 from cases._case import Case as Case
 from cases._case import bits as bits
@@ -14,7 +24,17 @@ from cases._case import derivatives as derivatives
 from cases._case import float64 as float64
 from cases._case import norms as norms
 
-_FAMILIES = (norm, elementwise, simplex, order, matrix, spectral, combinators)
+_FAMILIES = (
+    norm,
+    elementwise,
+    simplex,
+    order,
+    sequence,
+    polyhedron,
+    matrix,
+    spectral,
+    combinators,
+)
 CASES = [case for family in _FAMILIES for case in family.CASES]
 
 

@@ -1,0 +1,46 @@
+"""Sets of sequences."""
+
+import numpy as np
+
+import optax_constraints as oc
+from cases._case import Case
+from cases.polyhedron import Reference, by_faces
+
+
+def bent(n: int, axis: int, sign: int = 1, knots: list[float] | None = None) -> Reference:
+    """Reference for slopes that do not fall; sign -1 for those that do not rise."""
+    places = np.arange(n, dtype=float) if knots is None else np.array(knots)
+    slopes = np.diff(np.eye(n), axis=0) / np.diff(places)[:, None]
+    g = -sign * np.diff(slopes, axis=0)
+    project, _ = by_faces(g, np.zeros(n - 2), axis)
+
+    def outside(w: np.ndarray) -> np.ndarray:
+        units = np.moveaxis(w, axis, 0).reshape(n, -1)
+        largest = np.maximum(np.max(np.abs(units), axis=0), 1e-300)
+        return np.max(np.maximum(g @ units, 0) / np.max(np.abs(g), axis=1)[:, None] / largest)
+
+    return project, outside
+
+
+CASES = [
+    Case(
+        oc.convex_sequence(),
+        *bent(6, 0),
+        shape=(6, 3, 2),
+        adds=True,
+        near=1e-6,
+        allowed=lambda: (
+            np.stack([[4, 1, 0, 1, 4, 9], [3, 2, 1, 0, 0, 0], [-1, -1, -1, -1, -1, 2]] * 2, -1)
+            .reshape(6, 3, 2)
+            .astype(float)
+        ),
+    ),
+    Case(
+        oc.concave_sequence(axis=-1, knots=[0.0, 1.0, 3.0, 4.0, 8.0]),
+        *bent(5, 2, -1, [0.0, 1.0, 3.0, 4.0, 8.0]),
+        shape=(2, 3, 5),
+        adds=True,
+        near=1e-6,
+        allowed=lambda: np.broadcast_to([0.0, 2.0, 6.0, 7.0, 3.0], (2, 3, 5)),
+    ),
+]
