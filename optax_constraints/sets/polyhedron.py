@@ -40,7 +40,7 @@ class Polyhedron(UnitSet):
     `violations` shows it.
 
     An inequality that holds but for the rounding of its sum (8 machine epsilons of the dtype it
-    was taken in, times the sum of the magnitudes) holds. A unit with an entry that is not finite
+    was taken in, times the sum of the magnitudes, or the largest entry) holds. A unit with an entry that is not finite
     becomes NaN. The derivative is that of the plane of the inequalities whose multiplier is not
     zero; at an allowed unit, the identity.
 
@@ -227,7 +227,8 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _size(w: jax.Array, rows: jax.Array, bounds: jax.Array) -> jax.Array:
     """What the rounding of the inequalities goes by."""
-    return _times(jnp.abs(rows), jnp.abs(w)) + jnp.abs(bounds)
+    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True)
+    return jnp.maximum(_times(jnp.abs(rows), jnp.abs(w)), largest) + jnp.abs(bounds)
 
 
 def _tight(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ import optax_constraints as oc
 from cases._case import Case
 from cases.simplex import flat
 
-Reference = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
+Reference = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], Any]]
 
 
 def by_faces(g: np.ndarray, h: np.ndarray, axis: int | tuple[int, ...]) -> Reference:
@@ -34,9 +35,11 @@ def by_faces(g: np.ndarray, h: np.ndarray, axis: int | tuple[int, ...]) -> Refer
     def project(w: np.ndarray) -> np.ndarray:
         return np.stack([nearest(unit) for unit in w.reshape(-1, n)]).reshape(w.shape)
 
-    def outside(w: np.ndarray) -> np.ndarray:
+    def outside(w: np.ndarray) -> Any:
         units = np.moveaxis(w, axis, range(len(np.atleast_1d(axis)))).reshape(n, -1)
-        scale = np.abs(g) @ np.abs(units) + np.abs(h)[:, None]
+        scale = np.abs(h)[:, None] + np.linalg.norm(g, axis=1)[:, None] * np.max(
+            np.abs(units), axis=0
+        )
         return np.max(np.maximum(g @ units - h[:, None], 0) / np.maximum(scale, 1e-300))
 
     return flat(axis, project), outside
