@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 import optax_constraints as oc
 from cases._case import Case
@@ -43,6 +44,24 @@ def by_faces(g: np.ndarray, h: np.ndarray, axis: int | tuple[int, ...]) -> Refer
         return np.max(np.maximum(g @ units - h[:, None], 0) / np.maximum(scale, 1e-300))
 
     return flat(axis, project), outside
+
+
+def by_nnls(w: np.ndarray, g: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """The nearest columns with ``g @ column <= h``, as SciPy's non-negative least squares.
+
+    C. Lawson and R. Hanson, "Solving Least Squares Problems", 1974, chapter 23: least distance
+    programming.
+    """
+
+    def nearest(w: np.ndarray) -> np.ndarray:
+        excess = g @ w - h
+        scale = max(np.max(np.abs(excess)), 1e-300)
+        system = np.concatenate([-g.T, excess[None] / scale])
+        target = np.eye(len(w) + 1)[-1]
+        rest = system @ scipy.optimize.nnls(system, target)[0] - target
+        return w - scale * rest[:-1] / rest[-1]
+
+    return np.stack([nearest(column) for column in w.T], axis=1)
 
 
 _G = np.array([[1.0, 2, 0, -1], [0, 1, 1, 0], [-1, 0, 0, 0], [1, 1, 1, 1], [2, 4, 0, -2]])
