@@ -93,10 +93,16 @@ from optax_constraints.sets.pattern import mask as mask
 from optax_constraints.sets.pattern import sign as sign
 from optax_constraints.sets.pattern import tied as tied
 from optax_constraints.sets.pattern import zero_diagonal as zero_diagonal
+from optax_constraints.sets.polyhedron import Polyhedron as Polyhedron
+from optax_constraints.sets.polyhedron import polyhedron as polyhedron
 from optax_constraints.sets.scaled import FixedSpectralNorm as FixedSpectralNorm
 from optax_constraints.sets.scaled import fixed_spectral_norm as fixed_spectral_norm
 from optax_constraints.sets.section import BoxSection as BoxSection
 from optax_constraints.sets.section import box_section as box_section
+from optax_constraints.sets.sequence import ConcaveSequence as ConcaveSequence
+from optax_constraints.sets.sequence import ConvexSequence as ConvexSequence
+from optax_constraints.sets.sequence import concave_sequence as concave_sequence
+from optax_constraints.sets.sequence import convex_sequence as convex_sequence
 from optax_constraints.sets.simplex import L1Ball as L1Ball
 from optax_constraints.sets.simplex import Simplex as Simplex
 from optax_constraints.sets.simplex import l1_ball as l1_ball
@@ -109,5 +115,7 @@ from optax_constraints.sets.spectral import low_rank as low_rank
 from optax_constraints.sets.spectral import max_spectral_norm as max_spectral_norm
 from optax_constraints.sets.spectral import nuclear_norm_ball as nuclear_norm_ball
 from optax_constraints.sets.spectral import orthogonal as orthogonal
+from optax_constraints.sets.unimodal import Unimodal as Unimodal
+from optax_constraints.sets.unimodal import unimodal as unimodal
 
 __version__ = "0.1.0"

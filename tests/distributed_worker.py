@@ -82,6 +82,11 @@ SUMS = {
 }
 OTHERS = {
     "monotone": oc.monotone(),
+    "lattice": oc.monotone(axis=(0, 1)),
+    "unimodal": oc.unimodal(),
+    "convex_sequence": oc.convex_sequence(),
+    "concave_sequence": oc.concave_sequence(),
+    "polyhedron": oc.polyhedron(np.stack([np.linspace(-1, 2, 32), np.ones(32)]), 0.5),
     "top_k": oc.top_k(5),
     "top_k of units": oc.top_k(5, axis=0, of="units"),
     "tied": oc.tied(lambda shape: np.subtract.outer(*map(np.arange, shape))),

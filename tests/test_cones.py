@@ -18,6 +18,8 @@ N, SHAPE = 8, (5, 5)
 NORMAL = np.linspace(-1, 2, N)
 SIGNS = np.array([1, -1, 0, 1, -1, -1, 1, 0])
 CENTER = np.linspace(-0.5, 0.75, N)
+ROWS = np.random.default_rng(0).normal(size=(6, N))
+BENDS = np.diff(np.diff(np.eye(N), axis=0) / (NORMAL + 2)[1:, None], axis=0)
 
 
 def normal(shape, seed: int, scale: float = 1.0) -> jax.Array:
@@ -150,6 +152,31 @@ ORACLES = {
         oc.monotone(increasing=False),
         N,
         lambda w, d: [d[i + 1] <= d[i] for i in np.flatnonzero(np.diff(w) > -1e-6)],
+    ),
+    "lattice": (
+        oc.monotone(axis=(0, 1)),
+        SHAPE,
+        lambda w, d: [
+            *(d[i + 1, j] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=0) < 1e-6)),
+            *(d[i, j + 1] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=1) < 1e-6)),
+        ],
+    ),
+    "polyhedron": (
+        oc.polyhedron(ROWS, 0.5),
+        N,
+        lambda w, d: [row @ d <= 0 for row in ROWS if row @ w > 0.5 - 1e-5],
+    ),
+    "convex_sequence": (
+        oc.convex_sequence(),
+        N,
+        lambda w, d: [
+            d[i + 2] - 2 * d[i + 1] + d[i] >= 0 for i in np.flatnonzero(np.diff(w, 2) < 1e-5)
+        ],
+    ),
+    "concave_sequence": (
+        oc.concave_sequence(knots=np.cumsum(NORMAL + 2)),
+        N,
+        lambda w, d: [bend @ d <= 0 for bend in BENDS if bend @ w > -1e-5],
     ),
     "doubly_stochastic": (
         oc.doubly_stochastic(),
@@ -524,6 +551,9 @@ def test_inside_nothing_changes_to_the_bit():
         oc.monotone(),
         oc.box_section(-0.25, 0.5, np.linspace(-1, 2, 7), 0.5),
         oc.box_section(0.0, 0.5, equality=False),
+        oc.monotone(axis=(0, 1)),
+        oc.polyhedron(ROWS[:, :7], 0.5),
+        oc.convex_sequence(),
         oc.doubly_stochastic(),
         oc.sign(np.sign(np.linspace(-1, 1, 7))[:, None]),
         oc.tied(np.arange(21).reshape(7, 3) % 4),

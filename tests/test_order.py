@@ -2,6 +2,7 @@
 
 import itertools
 
+import cvxpy as cp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from optax_constraints.sets.order import NM, Monotone, TopK
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 EPS = float(jnp.finfo(DTYPE).eps)
 RNG = np.random.default_rng
+PRECISE = {"solver": "CLARABEL"} | dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-9)
 
 
 def float64(x) -> np.ndarray:
@@ -141,17 +143,50 @@ def test_monotone_on_bound():
     assert Monotone().on_bound(w).tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("cls", [Monotone, NM])
-def test_an_order_needs_one_axis(cls):
-    name = cls.__name__
-    with pytest.raises(ValueError, match=rf"{name} on an array of shape \(4, 4\): axis=None is 2"):
-        cls(axis=None)(jnp.ones((4, 4)))
-    with pytest.raises(ValueError, match=rf"{name} on 'a/kernel' of shape \(4, 4, 4\).*one axis"):
-        cls(axis=(0, 2)).settle("a/kernel", (4, 4, 4))
-    with pytest.raises(ValueError, match=rf"{name} on 'Conv_0/kernel'.*'fan_in' is 2 axes"):
-        oc.project({"kernel": cls(axis="fan_in")}).init({"Conv_0": {"kernel": jnp.ones((4, 4, 4))}})
-    assert cls(axis="fan_in").settle("Dense_0/kernel", (4, 3)) == cls(axis=(0,))
-    assert cls(axis=None)(jnp.ones(4)).shape == (4,)
+def test_groups_need_one_axis():
+    with pytest.raises(ValueError, match=r"NM on an array of shape \(4, 4\): axis=None is 2"):
+        NM(axis=None)(jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match=r"NM on 'a/kernel' of shape \(4, 4, 4\).*one axis"):
+        NM(axis=(0, 2)).settle("a/kernel", (4, 4, 4))
+    with pytest.raises(ValueError, match=r"NM on 'Conv_0/kernel'.*'fan_in' is 2 axes"):
+        oc.project({"kernel": NM(axis="fan_in")}).init({"Conv_0": {"kernel": jnp.ones((4, 4, 4))}})
+    for cls in (Monotone, NM):
+        assert cls(axis="fan_in").settle("Dense_0/kernel", (4, 3)) == cls(axis=(0,))
+        assert cls(axis=None)(jnp.ones(4)).shape == (4,)
+
+
+# Lattices.
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((9, 7), None), ((2, 6, 3, 5), (3, 1))])
+def test_monotone_along_several_axes(shape, axis):
+    axes = (0, 1) if axis is None else axis
+    noise, places = RNG(0).normal(size=shape), np.indices(shape)
+    slope = sum(places[a] for a in axes)
+    index = np.arange(noise.size).reshape(shape)
+    for w in (noise, slope / 5 + noise, slope + noise / 10, -1e3 * slope + noise):
+        want = cp.Variable(w.size)
+        rises = [want[index[places[a] > 0]] >= want[index[places[a] < shape[a] - 1]] for a in axes]
+        distance = cp.sum_squares(want - w.ravel())
+        cp.Problem(cp.Minimize(distance), rises).solve(**PRECISE)
+        got = float64(Monotone(axis)(jnp.asarray(w, DTYPE)))
+        scale = np.max(np.abs(w))
+        np.testing.assert_allclose(got.ravel(), want.value, atol=2e-6 * scale)
+        assert all(np.all(np.diff(got, axis=a) >= 0) for a in axes)
+        falling = float64(Monotone(axis, increasing=False)(-jnp.asarray(w, DTYPE)))
+        np.testing.assert_array_equal(falling, -got)
+
+
+def test_a_lattice_does_not_depend_on_those_beside_it():
+    w = jnp.asarray(RNG(0).normal(size=(8, 9, 4)), DTYPE)
+    got = Monotone((0, 1))(w)
+    for other in (0, jnp.nan, jnp.inf, 1e3 * w[..., 1:]):
+        beside = Monotone((0, 1))(w.at[..., 1:].set(other))
+        assert bits(beside[..., 0]) == bits(got[..., 0])
+    assert Monotone((0, 1)).on_bound(got).shape == (1, 1, 4)
+    ramp = jnp.add.outer(jnp.arange(3.0), jnp.arange(4.0))
+    both = jnp.stack([ramp, ramp.at[1, 1].set(3.0)], axis=-1)
+    assert Monotone((0, 1)).on_bound(both).tolist() == [[[False, True]]]
 
 
 def test_monotone_takes_a_bool():

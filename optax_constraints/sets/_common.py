@@ -230,6 +230,28 @@ class UnitSet(Constraint):
         return Units((self._axes(w),))
 
 
+class LineSet(UnitSet):
+    """Base of the sets in which the entries of a unit have an order: `axis` is one axis."""
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint with its `axis` as the axis of one leaf."""
+        settled = super().settle(path, shape, layout)
+        self._check(path, shape, cast(tuple[int, ...], cast(UnitSet, settled).axis))
+        return settled
+
+    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+        """The one axis, or the reason why there is none that fits."""
+        if len(axes) == 1:
+            return axes[0]
+        raise ValueError(
+            f"{type(self).__name__} on {describe(path, shape)}: axis={self.axis!r} is "
+            f"{len(axes)} axes here, and entries have an order along one axis only; "
+            "write that axis, such as axis=0."
+        )
+
+
 class MatrixSet(Constraint):
     """Base of the sets of matrices.
 

@@ -15,8 +15,10 @@ from cases import (
     operator,
     order,
     pattern,
+    polyhedron,
     scaled,
     section,
+    sequence,
     simplex,
     spectral,
 )
@@ -28,7 +30,7 @@ from cases._case import float64 as float64
 from cases._case import norms as norms
 
 _FAMILIES = (
-    *(norm, elementwise, pattern, simplex, section, linear, order),
+    *(norm, elementwise, pattern, simplex, section, linear, order, sequence, polyhedron),
     *(matrix, spectral, scaled, operator, combinators),
 )
 CASES = [case for family in _FAMILIES for case in family.CASES]
