@@ -1,7 +1,6 @@
 """Bounds of convolutions, against the singular values of what the layers do with images."""
 
 import functools
-import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -26,22 +25,23 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def norm(function: Any, shape: tuple[int, ...]) -> float:
-    """The norm of a linear function of one image, by the singular values of its matrix."""
+def norms(function: Any, kernels: list[jax.Array], shape: tuple[int, ...]) -> np.ndarray:
+    """Norms of a linear function of an image and a kernel, by the singular values of its matrix."""
     images = jnp.eye(int(np.prod(shape))).reshape(-1, *shape)
-    columns = float64(jax.jit(function)(images)).reshape(len(images), -1)
-    return np.linalg.svd(columns, compute_uv=False)[0]
+    columns = [float64(jax.jit(function)(kernel, images)) for kernel in kernels]
+    return np.stack(
+        [np.linalg.svd(c.reshape(len(images), -1), compute_uv=False)[0] for c in columns]
+    )
 
 
-def convolution(kernel: jax.Array, strides, padding, dilation, groups, input_dilation=1):
-    """What Flax and JAX do with images (n, *size, channels)."""
-    rank = kernel.ndim - 2
+def convolution(rank: int, strides, padding, dilation, groups, input_dilation=1):
+    """What Flax and JAX do with a kernel and images (n, *size, channels)."""
     strides, dilation, apart = (
         (n,) * rank if isinstance(n, int) else n for n in (strides, dilation, input_dilation)
     )
     letters = "DHW"[3 - rank :]
 
-    def apply(x):
+    def apply(kernel, x):
         pad = padding
         if pad == "CIRCULAR":
             sizes = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)][:rank]
@@ -68,9 +68,7 @@ LAYERS = [
     ((3, 3, 2, 3), 1, "CIRCULAR", 1, 1, 1, (7, 6)),
     ((3, 3, 2, 3), 2, "SAME", 1, 1, 1, (9, 8)),
     ((3, 2, 2, 4), (2, 1), ((0, 2), (1, 1)), (1, 3), 2, 1, (7, 7)),
-    ((3, 3, 1, 6), 1, "SAME", 2, 3, 1, (8, 8)),
     ((3, 3, 2, 3), 4, "SAME", 2, 1, 1, (11, 9)),
-    ((2, 2, 3, 2), 3, "VALID", 1, 1, 1, (9, 9)),
     ((2, 1, 1), 2, "CIRCULAR", 1, 1, 1, (5,)),  # a stride that does not fit around the circle
     ((5, 4, 4), 3, "CIRCULAR", 2, 1, 1, (10,)),
     ((4, 3, 2), 1, ((3, 3),), 1, 1, 2, (9,)),
@@ -90,21 +88,19 @@ def test_no_image_gets_longer_than_the_bound(layer):
         groups=groups,
         input_dilation=apart,
     )
-    for seed in range(3):
-        # In groups of one kernel each, scaling them all leaves none below its bound.
-        kernel = constraint(10 * normal(*shape, seed=seed))
-        layer = convolution(kernel, strides, padding, dilation, groups, apart)
-        assert norm(layer, (*size, shape[-2] * groups)) <= 2
-        assert np.all(constraint.on_bound(kernel))
+    function = convolution(len(size), strides, padding, dilation, groups, apart)
+    kernels = [constraint(10 * normal(*shape, seed=seed)) for seed in range(3)]
+    found = norms(jax.jit(function), kernels, (*size, shape[-2] * groups))
+    assert np.max(found) <= 2
+    assert np.min(found) > 0.8  # and the bound is of some use
 
 
-@pytest.mark.parametrize(("inside", "outside"), itertools.product((1, 3), (1, 8)))
-def test_for_small_windows_the_bound_is_tight(inside, outside):
-    constraint = oc.max_operator_norm(1.0, **EXPLICIT)
-    kernel = constraint(normal(3, 3, inside, outside))
-    layer = convolution(kernel, **EXPLICIT)
-    assert 1 / 1.2 <= norm(layer, (8, 8, inside)) <= 1
-    assert 1 / 1.1 <= norm(layer, (14, 14, inside)) <= 1
+@pytest.mark.parametrize("channels", [(1, 1), (3, 8)], ids=str)
+def test_for_small_windows_the_bound_is_tight(channels):
+    kernel = oc.max_operator_norm(1.0, **EXPLICIT)(normal(3, 3, *channels))
+    for size, loose in ((8, 1.2), (14, 1.1)):
+        function = convolution(2, **EXPLICIT)
+        assert 1 / loose <= norms(function, [kernel], (size, size, channels[0])) <= 1
 
 
 def test_strides_make_the_bound_smaller():
@@ -133,7 +129,6 @@ class Model(nn.Module):
 
 
 conv, transposed = functools.partial(nn.Conv, use_bias=False), nn.ConvTranspose
-nnx_conv = functools.partial(nnx.Conv, use_bias=False, rngs=nnx.Rngs(0))
 FLAX = {
     "plain": conv(3, (3, 3)),
     "circular": conv(3, (3, 2), padding="CIRCULAR", strides=2, kernel_dilation=(2, 1)),
@@ -158,43 +153,38 @@ def test_layers_of_linen(name):
     params = jax.tree.map(lambda w: 10 * normal(*w.shape), params)
     rules, layout = {"kernel": oc.max_operator_norm(1.0)}, ocf.layout(model, x)
     params = oc.constrain(params, rules, layout=layout)
-    got = norm(lambda x: model.apply({"params": params}, x), size)
+    (got,) = norms(lambda params, x: model.apply({"params": params}, x), [params], size)
     assert 0.4 < got <= 1
-    (row,) = oc.report(params, rules, layout=layout).rows
-    assert (row.constraint, row.outside) == ("MaxOperatorNorm(1)", 0)
-    groups = getattr(FLAX[name], "feature_group_count", 1)
-    assert (row.units, row.at_bound) == (groups, groups)
+    if name == "groups":
+        (row,) = oc.report(params, rules, layout=layout).rows
+        assert (row.constraint, row.outside) == ("MaxOperatorNorm(1)", 0)
+        assert (row.units, row.at_bound) == (2, 2)
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.strided = nnx.Conv(4, 6, (3, 3), strides=2, feature_group_count=2, rngs=rngs)
+        self.apart = nnx.Conv(
+            4, 6, (3,), padding=[(1, 2)], kernel_dilation=2, input_dilation=3, rngs=rngs
+        )
+        self.up = nnx.ConvTranspose(4, 6, (3,), strides=2, padding="CIRCULAR", rngs=rngs)
+        self.adjoint = nnx.ConvTranspose(4, 6, (3,), strides=2, transpose_kernel=True, rngs=rngs)
+        self.masked = nnx.Conv(1, 1, (2,), mask=jnp.ones((2, 1, 1)), rngs=rngs)
+        self.dense = nnx.Linear(2, 3, rngs=rngs)
 
 
 def test_layers_of_nnx_are_told_as_those_of_linen():
-    model = nnx.List(
-        [
-            nnx_conv(4, 6, (3, 3), strides=2, feature_group_count=2),
-            nnx_conv(4, 6, (3,), padding=[(1, 2)], kernel_dilation=2, input_dilation=3),
-            nnx.ConvTranspose(4, 6, (3,), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0)),
-            nnx.ConvTranspose(4, 6, (3,), strides=2, transpose_kernel=True, rngs=nnx.Rngs(0)),
-            nnx_conv(1, 1, (2,), mask=jnp.ones((2, 1, 1))),
-            nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
-        ]
-    )
-    layout = ocf.layout(_holder(model))
-    found = [layout[f"layers/{i}/kernel"].convolution for i in range(6)]
-    assert found == [
-        Convolution((2, 2), "SAME", (1, 1), 2, (1, 1)),
-        Convolution((1,), ((1, 2),), (2,), 1, (3,)),
-        Convolution((1,), "VALID", (1,), 1, (2,)),
-        Convolution((2,), "SAME", (1,), 1, (1,)),
-        None,
-        None,
-    ]
-
-
-def _holder(layers: Any) -> nnx.Module:
-    class Holder(nnx.Module):
-        def __init__(self):
-            self.layers = layers
-
-    return Holder()
+    layout = ocf.layout(nnx.eval_shape(lambda: Layers(nnx.Rngs(0))))
+    found = {p.removesuffix("/kernel"): own.convolution for p, own in layout.items()}
+    assert {name: found[name] for name in found if "/" not in name} == {
+        "strided": Convolution((2, 2), "SAME", (1, 1), 2, (1, 1)),
+        "apart": Convolution((1,), ((1, 2),), (2,), 1, (3,)),
+        "up": Convolution((1,), "VALID", (1,), 1, (2,)),
+        "adjoint": Convolution((2,), "SAME", (1,), 1, (1,)),
+        "masked": None,
+        "dense": None,
+    }
+    assert layout["strided/bias"].convolution is None
 
 
 def test_layers_in_a_stack_are_bounded_one_by_one():
@@ -339,6 +329,7 @@ class Small(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
+@pytest.mark.slow  # some seconds
 def test_no_attack_gets_beyond_the_lipschitz_bound_of_a_trained_network():
     images, labels = load_digits(return_X_y=True)
     x = jnp.asarray(images.reshape(-1, 8, 8, 1) / 16, jnp.float32)
@@ -363,7 +354,7 @@ def test_no_attack_gets_beyond_the_lipschitz_bound_of_a_trained_network():
             updates, state = tx.update(jax.grad(loss)(params, i), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(jax.random.key(0), 200)
+        keys = jax.random.split(jax.random.key(0), 300)
         return lax.scan(step, (params, tx.init(params)), keys)[0][0]
 
     params = train(model.init(jax.random.key(0), x[:1])["params"])
@@ -373,7 +364,8 @@ def test_no_attack_gets_beyond_the_lipschitz_bound_of_a_trained_network():
         """How much longer a small step becomes that goes up the gradient of just that."""
 
         def stretch(step):
-            moved = model.apply({"params": params}, x + step) - model.apply({"params": params}, x)
+            before, after = (jnp.asarray(model.apply({"params": params}, y)) for y in (x, x + step))
+            moved = after - before
             return jnp.linalg.norm(moved, axis=1) / jnp.linalg.norm(
                 step.reshape(len(x), -1), axis=1
             )
@@ -387,6 +379,6 @@ def test_no_attack_gets_beyond_the_lipschitz_bound_of_a_trained_network():
         return jnp.max(stretch(lax.scan(ascend, start, None, length=100)[0]))
 
     logits = model.apply({"params": params}, x[1500:])
-    assert np.mean(np.argmax(logits, 1) == np.asarray(y[1500:])) > 0.85
+    assert np.mean(np.argmax(logits, 1) == np.asarray(y[1500:])) > 0.8
     certified = float(np.prod(bounds))
     assert 0.2 * certified < attacked(params, x[1500:]) <= certified
