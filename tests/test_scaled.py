@@ -78,8 +78,7 @@ def test_the_stated_tolerance_where_the_bound_is_not_always_reached():
 
 
 def test_a_direction_at_right_angles_to_all_others_is_found_late():
-    # As the docstring says: how late is a matter of rounding. Without the random vectors it would
-    # never be.
+    # As the docstring says; how late is a matter of rounding.
     grows = np.zeros((30, 30))
     grows[20, 20] = 0.01
     constraint = oc.fixed_spectral_norm(1.0)
