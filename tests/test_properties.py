@@ -525,6 +525,10 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "SumTo": st.builds(oc.SumTo, _number, _axis),
     "Symmetric": st.builds(oc.Symmetric),
     "TopK": st.builds(oc.TopK, st.integers(0, 5) | st.floats(0.125, 1), _axis),
+    "Transport": st.builds(
+        lambda sums: oc.Transport(sums, sums[::-1]),
+        st.lists(st.floats(0, 9), min_size=1, max_size=4),
+    ),
     "UnitNorm": st.builds(oc.UnitNorm, _axis),
     "ZeroDiagonal": st.builds(oc.ZeroDiagonal),
 }
@@ -543,7 +547,7 @@ _constraints = st.recursive(
     ),
     max_leaves=4,
 )
-_WITH_ARRAYS = ('"Affine"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"')
+_WITH_ARRAYS = ('"Affine"', '"Transport"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"')
 _combinators = ("Stacked", "Soft", "Part", "Compose", "Intersection")
 _drawn_rules = st.recursive(
     _constraints | st.none(),
