@@ -55,12 +55,10 @@ from optax_constraints.sets.linear import center_around as center_around
 from optax_constraints.sets.linear import half_space as half_space
 from optax_constraints.sets.linear import hyperplane as hyperplane
 from optax_constraints.sets.linear import sum_to as sum_to
-from optax_constraints.sets.matrix import DoublyStochastic as DoublyStochastic
 from optax_constraints.sets.matrix import PositiveSemidefinite as PositiveSemidefinite
 from optax_constraints.sets.matrix import Radial as Radial
 from optax_constraints.sets.matrix import SkewSymmetric as SkewSymmetric
 from optax_constraints.sets.matrix import Symmetric as Symmetric
-from optax_constraints.sets.matrix import doubly_stochastic as doubly_stochastic
 from optax_constraints.sets.matrix import positive_semidefinite as positive_semidefinite
 from optax_constraints.sets.matrix import radial as radial
 from optax_constraints.sets.matrix import skew_symmetric as skew_symmetric
@@ -115,6 +113,10 @@ from optax_constraints.sets.spectral import low_rank as low_rank
 from optax_constraints.sets.spectral import max_spectral_norm as max_spectral_norm
 from optax_constraints.sets.spectral import nuclear_norm_ball as nuclear_norm_ball
 from optax_constraints.sets.spectral import orthogonal as orthogonal
+from optax_constraints.sets.transport import DoublyStochastic as DoublyStochastic
+from optax_constraints.sets.transport import Transport as Transport
+from optax_constraints.sets.transport import doubly_stochastic as doubly_stochastic
+from optax_constraints.sets.transport import transport as transport
 from optax_constraints.sets.unimodal import Unimodal as Unimodal
 from optax_constraints.sets.unimodal import unimodal as unimodal
 

@@ -196,3 +196,15 @@ def is_readable(array: Any) -> bool:
     if isinstance(array, Tracer):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """An exponent by which numbers up to `largest` are scaled to about 1, without underflow."""
+    info = jnp.finfo(largest.dtype)
+    exponent = jnp.frexp(largest)[1]
+    return jnp.clip(exponent, int(info.minexp) + 2, int(info.maxexp) - 2)
+
+
+def exp2(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A power of two, to the bit."""
+    return jnp.ldexp(jnp.ones((), dtype), exponent)

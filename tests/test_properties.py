@@ -541,6 +541,10 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "Tied": st.builds(oc.Tied, st.lists(st.integers(-9, 9), min_size=1, max_size=4)),
     "TopK": st.builds(oc.TopK, st.integers(0, 5) | st.floats(0.125, 1), _axis)
     | st.builds(oc.TopK, st.integers(0, 5), st.integers(-3, 3), st.just("units")),
+    "Transport": st.builds(
+        lambda sums: oc.Transport(sums, sums[::-1]),
+        st.lists(st.floats(0, 9), min_size=1, max_size=4),
+    ),
     "UnitNorm": st.builds(oc.UnitNorm, _axis),
     "ZeroDiagonal": st.builds(oc.ZeroDiagonal),
 }
@@ -560,7 +564,9 @@ _constraints = st.recursive(
     ),
     max_leaves=4,
 )
-_WITH_ARRAYS = ('"Affine"', '"Around"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"')
+_WITH_ARRAYS = (
+    *('"Affine"', '"Around"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"', '"Transport"'),
+)
 _combinators = ("Around", "Stacked", "Soft", "Part", "Compose", "Intersection")
 _drawn_rules = st.recursive(
     _constraints | st.none(),
