@@ -161,6 +161,14 @@ ORACLES = {
             *(d[i, j + 1] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=1) < 1e-6)),
         ],
     ),
+    "unimodal": (
+        oc.unimodal(peak=3),
+        N,
+        lambda w, d: [
+            (d[i + 1] - d[i]) * (1 if i < 3 else -1) >= 0
+            for i in np.flatnonzero(np.abs(np.diff(w)) < 1e-6)
+        ],
+    ),
     "polyhedron": (
         oc.polyhedron(ROWS, 0.5),
         N,
@@ -564,6 +572,7 @@ def test_inside_nothing_changes_to_the_bit():
         oc.monotone(axis=(0, 1)),
         oc.polyhedron(ROWS[:, :7], 0.5),
         oc.convex_sequence(),
+        oc.unimodal(peak=3),
         oc.doubly_stochastic(),
         oc.sign(np.sign(np.linspace(-1, 1, 7))[:, None]),
         oc.tied(np.arange(21).reshape(7, 3) % 4),

@@ -60,10 +60,10 @@ class Polyhedron(UnitSet):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> cone = oc.polyhedron([[1.0, -1.0], [0.0, -1.0]], 0.0)  # 0 <= w[1], w[0] <= w[1]
-        >>> cone(jnp.array([[3.0, -1.0, 1.0], [1.0, -2.0, 2.0]]))
-        Array([[ 2., -1.,  1.],
-               [ 2.,  0.,  2.]], dtype=float32)
+        >>> corner = oc.polyhedron([[1.0, 1.0], [-1.0, 0.0]], [1, -0.25])  # x + y <= 1, x >= 1/4
+        >>> corner(jnp.array([[1.0, -0.5, 0.5], [1.0, 0.5, 0.25]])).round(3)
+        Array([[0.5 , 0.25, 0.5 ],
+               [0.5 , 0.5 , 0.25]], dtype=float32)
     """
 
     convex: ClassVar[bool] = True

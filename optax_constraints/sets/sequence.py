@@ -139,8 +139,8 @@ class ConvexSequence(_Bent):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> oc.convex_sequence()(jnp.array([1.0, 0.0, 2.0, 1.0, 3.0])).round(3)
-        Array([0.667, 0.667, 0.667, 1.667, 2.667], dtype=float32)
+        >>> oc.convex_sequence()(jnp.array([0.0, 4.0, 2.0, 8.0])).round()
+        Array([1., 2., 3., 8.], dtype=float32)
     """
 
     sign = 1
@@ -172,7 +172,7 @@ class ConcaveSequence(_Bent):
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> oc.concave_sequence(knots=[0.0, 1.0, 3.0])(jnp.array([0.0, -2.0, 3.0])).round(3)
-        Array([-0.857, -0.071,  1.5  ], dtype=float32)
+        Array([-1.286, -0.071,  2.357], dtype=float32)
     """
 
     sign = -1
