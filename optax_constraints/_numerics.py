@@ -198,7 +198,7 @@ def is_readable(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def power_of_two(largest: jax.Array) -> jax.Array:
+def exponent_of(largest: jax.Array) -> jax.Array:
     """An exponent by which numbers up to `largest` are scaled to about 1, without underflow."""
     info = jnp.finfo(largest.dtype)
     exponent = jnp.frexp(largest)[1]

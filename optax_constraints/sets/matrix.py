@@ -17,7 +17,7 @@ from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import Number, number, value
-from optax_constraints._numerics import exp2, power_of_two
+from optax_constraints._numerics import exp2, exponent_of
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets._common import MatrixSet, positive_part, widen
@@ -229,7 +229,7 @@ def _eigen(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
     finite = largest < jnp.inf
-    exponent = power_of_two(largest)
+    exponent = exponent_of(largest)
     scaled = jnp.where(finite, _symmetric_part(a * exp2(-exponent, a.dtype)), 0)
     vectors, values = lax.linalg.eigh(scaled, symmetrize_input=False)
     values = jnp.where(finite, values[..., None, :] * exp2(exponent, a.dtype), jnp.nan)[..., 0, :]

@@ -17,7 +17,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
-from optax_constraints._numerics import exp2, power_of_two
+from optax_constraints._numerics import exp2, exponent_of
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import MatrixSet
@@ -363,7 +363,7 @@ def _is_plan(a: jax.Array, totals: Pair) -> jax.Array:
 def _centred(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A matrix of magnitudes of about 1 at most, without its means, and the exponent of that."""
     largest = jnp.max(jnp.abs(a))
-    exponent = power_of_two(largest)
+    exponent = exponent_of(largest)
     b = jnp.where(largest < jnp.inf, a * exp2(-exponent, a.dtype), jnp.nan)
     b = b - jnp.mean(b, axis=1, keepdims=True)
     return b - jnp.mean(b, axis=0, keepdims=True), exponent
@@ -371,7 +371,7 @@ def _centred(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _from_outside(a: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     # With sums of about 1. A power of two, so that nothing rounds.
-    unit = power_of_two(jnp.maximum(jnp.max(rows), jnp.max(columns))) - 1
+    unit = exponent_of(jnp.maximum(jnp.max(rows), jnp.max(columns))) - 1
     down = exp2(-unit, a.dtype)
     totals = rows * down, columns * down
     b, exponent = _centred(a)
