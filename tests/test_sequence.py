@@ -59,6 +59,16 @@ def test_convex_sequences(n, spread):
     np.testing.assert_array_equal(concave(-w), -got)
 
 
+def test_one_more_bend_at_the_end_of_a_long_line():
+    # Its gain is small beside the moments of all that is behind it.
+    walks = np.cumsum(np.random.default_rng(3).normal(size=(128, 64)), axis=0)
+    w = float64(jnp.asarray(walks[:, [38, 52]], jnp.float32))
+    got = float64(oc.convex_sequence()(jnp.asarray(w, DTYPE)))
+    middle = np.mean(w, axis=0)
+    want = by_nnls(w - middle, -np.diff(np.eye(128), 2, axis=0), np.zeros(126)) + middle
+    np.testing.assert_allclose(got, want, atol=5e-6 * np.max(np.abs(w)))
+
+
 @pytest.mark.parametrize("constraint", [oc.convex_sequence(), oc.unimodal(), oc.unimodal(peak=4)])
 def test_units_are_alone(constraint):
     w = jnp.asarray(columns(12), DTYPE)

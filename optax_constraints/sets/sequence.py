@@ -253,8 +253,10 @@ def _fitted(w: jax.Array, gaps: jax.Array, held: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.abs(fixed), axis=0, keepdims=True)
 
     def best(bent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        _, rise, slope, size = _fit(fixed, fixed_gaps, bent | ~held)
-        return jnp.where(held, rise, 0), jnp.where(held, slope + rounding * size, 0)
+        bent = bent | ~held
+        fit, rise = _fit(fixed, fixed_gaps, bent)
+        slope, size = _slopes(fit, fixed, fixed_gaps, bent)
+        return jnp.where(held, rise, 0), jnp.where(held, slope + rounding / 4 * size, 0)
 
     near = rounding * largest * _stiffness(fixed_gaps)
     straight = vary_like(jnp.zeros_like(held), w)
@@ -279,7 +281,7 @@ def _best_of_stretches(wanted: jax.Array, slope: jax.Array) -> jax.Array:
 
 def _fit(
     w: jax.Array, gaps: jax.Array, bent: jax.Array, rising: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """The least squares fit that is straight but where it is `bent`.
 
     What the entries from one on cost at least is a quadratic function of that entry `x` and the
@@ -293,8 +295,7 @@ def _fit(
         rising: Where slopes may not fall, also by rounding.
 
     Returns:
-        The fit; the change of the slope at each inner entry; the derivative of the cost by that;
-        and what its rounding goes by.
+        The fit, and the change of the slope at each inner entry.
     """
 
     def before(cost: Any, entry: Any) -> tuple[Any, Any]:
@@ -319,10 +320,8 @@ def _fit(
         gap, bent, b, c, q, rising = entry
         own = (q - b * x) / c
         new = jnp.where(bent, jnp.where(rising, jnp.maximum(own, slope), own), slope)
-        by_slope = b * x + c * new - q
-        size = jnp.abs(b * x) + jnp.abs(c * new) + jnp.abs(q)
         further = x + gap * new
-        return (further, new), (further, new - slope, by_slope, size)
+        return (further, new), (further, new - slope)
 
     a1, b1, c1, p1, q1 = first
     x0 = (p1 * c1 - b1 * q1) / (a1 * c1 - b1 * b1)
@@ -330,5 +329,35 @@ def _fit(
     x1 = x0 + gaps[0] * s0
     rising = jnp.zeros_like(bent) if rising is None else rising
     entries = gaps[1:], bent, b[1:], c[1:], q[1:], rising
-    _, (x, rise, slope, size) = lax.scan(after, (x1, s0), entries)
-    return jnp.concatenate([x0[None], x1[None], x]), rise, slope, size
+    _, (x, rise) = lax.scan(after, (x1, s0), entries)
+    return jnp.concatenate([x0[None], x1[None], x]), rise
+
+
+def _slopes(
+    fit: jax.Array, w: jax.Array, gaps: jax.Array, bent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative of the cost by a change of the slope at each inner entry, and its size.
+
+    It is the moment of what the fit misses, of the entries before or of those behind: both are
+    the same but for rounding, which goes by the sum of the magnitudes. The less of them the
+    better, and where the fit is bent it is 0.
+    """
+
+    def moments(reverse: bool) -> tuple[jax.Array, jax.Array]:
+        def step(state: Any, entry: Any) -> tuple[Any, Any]:
+            total, moment, totals, size = state
+            missed, magnitude, gap, bent = entry
+            total, totals = total + missed, totals + magnitude
+            moment = jnp.where(bent, 0, moment + gap * total)
+            size = jnp.where(bent, 0, size + gap * totals)
+            return (total, moment, totals, size), (moment, size)
+
+        missed, magnitudes = fit - w, jnp.abs(fit) + jnp.abs(w)
+        inner = slice(2, None) if reverse else slice(None, -2)
+        beside = gaps[1:] if reverse else gaps[:-1]
+        entries = missed[inner], magnitudes[inner], beside, bent
+        start = (0 * fit[0],) * 4
+        return lax.scan(step, start, entries, reverse=reverse)[1]
+
+    (before, less), (behind, more) = moments(False), moments(True)
+    return jnp.where(less <= more, before, behind), jnp.minimum(less, more)
