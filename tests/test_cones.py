@@ -276,11 +276,6 @@ def at_a_boundary() -> dict[str, tuple]:
         "monotone": (oc.monotone(), ones, np.array([1.0, 1, -1, -1])),
         "max_spectral_norm": (oc.max_spectral_norm(1.0), eye, eye),
         "nuclear_norm_ball": (oc.nuclear_norm_ball(4.0), eye, eye),
-        "transport": (
-            oc.transport([1.0, 2.0, 0.0], [1.0, 0.5, 1.0, 0.5]),
-            (3, 4),
-            lambda w, d: [cp.sum(d, 0) == 0, cp.sum(d, 1) == 0, *signs(d, w < 1e-6)],
-        ),
         "positive_semidefinite": (oc.positive_semidefinite(1.0), eye, -eye),
     }
 

@@ -4,6 +4,7 @@ import cvxpy as cp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import bits, float64
 from cases.section import section
@@ -234,3 +235,29 @@ def test_a_result_that_is_much_shorter_than_the_step():
     got = project(w)
     np.testing.assert_allclose(a @ float64(got), [[1, 1], [0, 0]], atol=8 * EPS)
     assert bits(project(got)) == bits(got)
+
+
+# A known answer.
+
+
+def test_a_portfolio_by_training():
+    # Little variance and much return, with at most a quarter in each, and a target for their sum.
+    rng = np.random.default_rng(0)
+    returns = rng.normal(size=(40, 10)) * 0.1 + rng.random(10) * 0.05
+    mean, risk = np.mean(returns, axis=0), np.cov(returns.T) * 10
+    constraint = oc.box_section(0.0, 0.25)
+    tx = oc.projected(optax.adam(optax.cosine_decay_schedule(0.01, 1000)), constraint)
+
+    def step(carry, _):
+        w, state = carry
+        gradient = jnp.asarray(risk, DTYPE) @ w - jnp.asarray(mean, DTYPE)
+        updates, state = tx.update(gradient, state, w)
+        return (jnp.asarray(optax.apply_updates(w, updates)), state), None
+
+    w = jnp.full(10, 0.1, DTYPE)
+    w = float64(jax.lax.scan(step, (w, tx.init(w)), length=1000)[0][0])
+    x = cp.Variable(10)
+    objective = cp.Minimize(cp.quad_form(x, cp.psd_wrap(risk)) / 2 - mean @ x)
+    cp.Problem(objective, [x >= 0, x <= 0.25, cp.sum(x) == 1]).solve("CLARABEL")
+    np.testing.assert_allclose(w, x.value, atol=1e-3)
+    assert 0 < np.sum(w > 1e-4) < 10

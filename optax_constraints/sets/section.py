@@ -335,10 +335,10 @@ class BoxSection(InParts, UnitSet):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> oc.box_section(0.0, 0.5)(jnp.array([[1.0, 0.5], [0.25, 0.75], [-1.0, 0.0]]))
-        Array([[0.5  , 0.375],
-               [0.5  , 0.5  ],
-               [0.   , 0.125]], dtype=float32)
+        >>> oc.box_section(0.0, 0.5)(jnp.array([[1.0, 0.5], [0.75, 0.25], [-1.0, 0.25]]))
+        Array([[0.5 , 0.5 ],
+               [0.5 , 0.25],
+               [0.  , 0.25]], dtype=float32)
     """
 
     convex: ClassVar[bool] = True

@@ -40,7 +40,10 @@ class _Plans(MatrixSet):
         raise NotImplementedError
 
     def _project(self, a: jax.Array) -> jax.Array:
-        return _nearest_plan(a, *self._totals(a)) if a.size else a
+        if not a.size:
+            return a
+        totals = (jnp.broadcast_to(sums, (*a.shape[:-2], sums.size)) for sums in self._totals(a))
+        return _nearest_plan(a, *vary_like(tuple(totals), a))
 
     def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
         del rounding
@@ -48,7 +51,8 @@ class _Plans(MatrixSet):
         # What the projection makes of a zero can be the rounding of its potentials.
         largest = jnp.maximum(jnp.max(rows), jnp.max(columns))
         free = a > slack + 8 * _numerics.eps(a.dtype) * largest
-        return _along_plan(free, (rows[:, None] > 0) & (columns > 0), b)
+        allowed = (rows[:, None] > 0) & (columns[None, :] > 0)
+        return _along_plan(free, vary_like(jnp.broadcast_to(allowed, a.shape), b), b)
 
     def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
@@ -125,9 +129,9 @@ class Transport(_Plans):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
-        >>> oc.transport([0.5, 0.5], [0.25, 0.25, 0.5])(jnp.zeros((2, 3)))
-        Array([[0.125, 0.125, 0.25 ],
-               [0.125, 0.125, 0.25 ]], dtype=float32)
+        >>> oc.transport([3.0, 1.0], [2.0, 2.0])(jnp.array([[1.0, 0.0], [0.0, 0.0]]))
+        Array([[1.75, 1.25],
+               [0.25, 0.75]], dtype=float32)
     """
 
     rows: Any
@@ -204,7 +208,7 @@ class Transport(_Plans):
 transport = Transport
 
 
-# The potentials of one matrix. What stands in a loop is compiled by kernels: the fewer, the sooner.
+# The potentials of one matrix.
 
 _NEWTON_STEPS = 200
 _REFINEMENTS = 4
@@ -251,6 +255,14 @@ def _potential_solver(active: jax.Array, ridge: jax.typing.ArrayLike = 0) -> Cal
     The system is that of a bipartite graph, singular as often as the graph falls apart, so its
     diagonal gets a ridge: at least what rounding asks for. One half of it is eliminated.
     """
+    if active.shape[0] < active.shape[1]:
+        flipped = _potential_solver(active.T, ridge)
+
+        def other_way(row_sums: jax.Array, column_sums: jax.Array) -> Pair:
+            v, u = flipped(column_sums, row_sums)
+            return u, v
+
+        return other_way
     rows, columns = _sums(active)
     floor = 16 * _numerics.eps(active.dtype) * jnp.maximum(jnp.max(rows), jnp.max(columns))
     ridge = jnp.maximum(ridge, floor)
@@ -317,18 +329,10 @@ def _settle(
             lambda state: (state[1] < -0.1 * start) & (state[0] > 1e-6), shorter, first
         )
         z = z - t * _spread(u, v)
-        u, v = lax.cond(
-            going(error, before, count),
-            direction,
-            lambda z, rows, columns, error: (0 * rows, 0 * columns),
-            z,
-            rows,
-            columns,
-            error,
-        )
+        u, v = direction(z, rows, columns, error)
         return z, u, v, rows, columns, error, before, count + 1
 
-    inf = vary_like(jnp.asarray(jnp.inf, z.dtype), z)
+    inf = 0 * size + jnp.inf  # or NaN, which ends the loop before it begins
     u, v = vary_like((jnp.zeros(z.shape[0], z.dtype), jnp.zeros(z.shape[1], z.dtype)), z)
     state = z, u, v, u, v, inf, inf, 0
     return lax.while_loop(lambda state: going(*state[5:]), step, state)[0]
@@ -349,7 +353,7 @@ def _repair(x: jax.Array, totals: Pair) -> jax.Array:
         return jnp.where(found > total, total / jnp.where(found > total, found, 1), 1)
 
     x = x * down(totals[0], jnp.sum(x, axis=1))[:, None]
-    x = x * down(totals[1], jnp.sum(x, axis=0))
+    x = x * down(totals[1], jnp.sum(x, axis=0))[None, :]
     rows, columns = (jnp.maximum(t - s, 0) for t, s in zip(totals, _sums(x), strict=True))
     total = jnp.sum(rows)
     return x + rows[:, None] * (columns / jnp.where(total > 0, total, 1))[None, :]
@@ -380,7 +384,7 @@ def _from_outside(a: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arra
     most = 11 if a.dtype == jnp.float32 else 18
     scale = exp2(jnp.minimum(exponent - unit, most - jnp.frexp(size)[1]), a.dtype)
     b = b * scale + totals[0][:, None] / a.shape[1]
-    barred = (rows[:, None] <= 0) | (columns <= 0)
+    barred = (rows[:, None] <= 0) | (columns[None, :] <= 0)
     free = jnp.zeros_like(barred)
     x = _part(_settle(b, totals, free, barred, size * scale), free, barred)
     x = jnp.where(_error(x, totals) > _rounding(a), _repair(x, totals), x)
@@ -401,7 +405,7 @@ def _nearest_jvp(primals, tangents):
     """
     a, rows, columns = primals
     x = _nearest(*primals)
-    active = ((x > 0) | _is_plan(a, (rows, columns))) & (rows[:, None] > 0) & (columns > 0)
+    active = ((x > 0) | _is_plan(a, (rows, columns))) & (rows[:, None] > 0) & (columns[None, :] > 0)
     active = jnp.where(jnp.isnan(x), x, active.astype(x.dtype))
     da, drows, dcolumns = tangents
     return x, _balanced(da, drows, dcolumns, active)
