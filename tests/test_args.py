@@ -30,7 +30,13 @@ FIELDS = [
     if field.metadata.get("number")
 ]
 _REST: dict[str, dict[str, Any]] = {
-    "BoxSection": {"lower": -8.0, "upper": 8.0},
+    "BoxSection": {
+        "lower": -1e33,
+        "upper": 1e33,
+        "normal": np.array([1.0, -2.0, 0.5, 1.0]),
+        "value": 1e33,
+        "equality": False,
+    },
     "HalfSpace": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
     "Hyperplane": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
     "Soft": {"constraint": oc.max_norm(0.5)},

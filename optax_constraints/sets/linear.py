@@ -369,18 +369,19 @@ def _onto_rows(x: jax.Array, rows: jax.Array, point: jax.Array) -> jax.Array:
         _numerics.norm(point[:, None], (0,)),
     )
     unit = jnp.where(size > 0, size, 1)
-    far = jnp.square(taken / unit) - jnp.square(left / unit) > 0.9
+    finite = jnp.isfinite(jnp.sum(missed, axis=0, keepdims=True))
     stays = jnp.max(jnp.abs(missed), axis=0, keepdims=True) <= sum_rounding(x) * size
+    stays = stays & finite
+    far = ~stays & (jnp.square(taken / unit) - jnp.square(left / unit) > 0.9)
 
-    def step(x: jax.Array, missed: jax.Array) -> jax.Array:
-        return x - _matmul(rows.T, jnp.where(stays, 0, missed))
+    def step(x: jax.Array, missed: jax.Array, where: jax.Array) -> jax.Array:
+        return x - _matmul(rows.T, jnp.where(where, missed, 0))
 
-    moved = step(x, missed)
+    moved = step(x, missed, ~stays)
     # What a long step rounds away may be much beside a short result.
     moved = lax.cond(
-        jnp.any(far & ~stays), lambda y: step(y, _residual(y, rows, point)), lambda y: y, moved
+        jnp.any(far), lambda y: step(y, _residual(y, rows, point), far), lambda y: y, moved
     )
-    finite = jnp.isfinite(jnp.sum(missed, axis=0, keepdims=True))
     return jnp.where(stays, x, jnp.where(finite, moved, jnp.nan))
 
 

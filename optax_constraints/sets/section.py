@@ -19,6 +19,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._numbers import Number, number, value
+from optax_constraints._sharding import vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import (
     InParts,
@@ -224,10 +225,9 @@ def _multiplier(
         )
 
     inf = jnp.full_like(start, jnp.inf)
+    state = (low, over), (high, under), start, inf, weight + 0 * start, done
     (low, _), (high, _), *_ = lax.while_loop(
-        lambda state: ~jnp.all(state[-2]),
-        step,
-        ((low, over), (high, under), start, inf, weight + 0 * start, done, 0),
+        lambda state: ~jnp.all(state[-2]), step, (*vary_like(state, x[0]), 0)
     )
     # One of them, if no steps lead to the other side, as rounding may have it.
     return jnp.where(low > -inf, low, high), jnp.where(high < inf, high, low), noise / 8
@@ -269,7 +269,8 @@ def _onto_section(terms: Terms, section: _Section, units: Units, half: bool) -> 
         y, beyond, count = state
         movable = functools.partial(_movable, low=low, high=high, beyond=beyond)
         active = each(movable, x, y, *section[:3])
-        moved = _clipped(y, _step(beyond, _weight(active, section, units)), section)
+        steps = _step(beyond, _weight(active, section, units))
+        moved = _clipped(y, jnp.where(jnp.abs(beyond) > noise, steps, 0), section)
         y = each(jnp.where, active, moved, y)
         return y, jnp.where(below, 0, _beyond(y, section, units)), count + 1
 
@@ -297,6 +298,42 @@ def _onto_section_jvp(units, half, primals, tangents):
         return each(lambda i, x, a: jnp.where(i, x - steps * a, x), active, x, section.normal)
 
     return y, jax.jvp(formula, (x, section), (in_compute_dtype(dterms), dsection))[1]
+
+
+def _reaches(
+    w: Parts, section: _Section, units: Units, rounding: float, slack: jax.typing.ArrayLike
+) -> jax.Array:
+    """Which units are at the plane, up to rounding."""
+    size = units.sum(each(lambda w, a: jnp.abs(w * a), w, section.normal))
+    near = (2 * rounding + sum_rounding(size)) * size + slack
+    return _beyond(w, section, units) >= -near
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _along_section(
+    w: Parts,
+    v: Parts,
+    section: _Section,
+    slack: jax.typing.ArrayLike,
+    units: Units,
+    half: bool,
+    rounding: float,
+) -> Parts:
+    """The tangent part: of what is at a bound one side, of all others everything.
+
+    The cone is a section, too.
+    """
+    # What the projection leaves of an entry at a bound can be the rounding of the sum.
+    size = units.sum(each(lambda w, a: jnp.abs(w * a), w, section.normal))
+    near = slack + 2 * _numerics.eps(size.dtype) * size
+    lower = each(lambda w, b: jnp.where(w <= b + near, 0, -jnp.inf), w, section.lower)
+    upper = each(lambda w, b: jnp.where(w >= b - near, 0, jnp.inf), w, section.upper)
+    lower, upper = (each(lambda b, v: b.astype(v.dtype), bound, v) for bound in (lower, upper))
+    offset = jnp.zeros_like(size)
+    if half:
+        offset = jnp.where(_reaches(w, section, units, rounding, slack), offset, jnp.inf)
+    cone = _Section(lower, upper, section.normal, offset)
+    return _onto_section(tuple((part,) for part in v), cone, units, half)
 
 
 @builtin
@@ -450,25 +487,7 @@ class BoxSection(InParts, UnitSet):
     ) -> Parts:
         # The cone is a section, too: of what is at a bound one side, of all others everything.
         section = self._section(w, v[0].dtype, units)
-        # What the projection leaves of an entry at a bound can be the rounding of the sum.
-        size = units.sum(each(lambda w, a: jnp.abs(w * a), w, section.normal))
-        slack = slack + 2 * _numerics.eps(size.dtype) * size
-        zero, inf = jnp.zeros((), v[0].dtype), jnp.asarray(jnp.inf, v[0].dtype)
-        lower = each(lambda w, b: jnp.where(w <= b + slack, zero, -inf), w, section.lower)
-        upper = each(lambda w, b: jnp.where(w >= b - slack, zero, inf), w, section.upper)
-        offset = zero
-        if not self.equality:
-            offset = jnp.where(self._reaches(w, section, units, rounding, slack), zero, inf)
-        cone = _Section(lower, upper, section.normal, offset)
-        return _onto_section(tuple((part,) for part in v), cone, units, not self.equality)
-
-    def _reaches(
-        self, w: Parts, section: _Section, units: Units, rounding: float, slack: Any = 0.0
-    ) -> jax.Array:
-        """Which units are at the plane, up to rounding."""
-        size = units.sum(each(lambda w, a: jnp.abs(w * a), w, section.normal))
-        near = (2 * rounding + sum_rounding(size)) * size + slack
-        return _beyond(w, section, units) >= -near
+        return _along_section(w, v, section, slack, units, not self.equality, rounding)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with an entry at one of its bounds, or that are at a bound of their product."""
@@ -479,7 +498,7 @@ class BoxSection(InParts, UnitSet):
         at_bound = units.count(each(jnp.logical_not, inside)) > 0
         if self.equality:
             return at_bound
-        return at_bound | self._reaches(parts, section, units, _numerics.eps(w.dtype))
+        return at_bound | _reaches(parts, section, units, _numerics.eps(w.dtype), 0.0)
 
 
 box_section = BoxSection
