@@ -89,7 +89,7 @@ def test_two_groups_on_eight_devices():
 @without_x64
 def test_eight_devices():
     """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
-    (report,) = run((), timeout=300)
+    (report,) = run((), timeout=900)
     explicit = ["explicit axes", "groups on explicit axes"]
     check(
         report,
@@ -114,7 +114,7 @@ def test_eight_devices():
 def test_processes(count):
     """Each process has its shards of what a single device has."""
     port = free_port()
-    reports = run(*((port, count, process) for process in range(count)), timeout=240)
+    reports = run(*((port, count, process) for process in range(count)), timeout=600)
     kinds = ["equality", "shardings", "donation", "compilations", "collectives"]
     for report in reports:
         check(report, *kinds, *(["hyperparameters", "texts"] if count == 2 else []))
