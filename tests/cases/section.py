@@ -60,6 +60,7 @@ CASES = [
         oc.box_section(-1.0, UPPER, NORMAL, 0.5),
         *section(0, -1, UPPER, NORMAL, 0.5),
         allowed=units(0, 0.25, 0.5, 0.75, 0.25, 0.5),
+        near=1e-6,
         adds=True,
     ),
     Case(
