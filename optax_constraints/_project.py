@@ -67,8 +67,7 @@ def project(
         stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
             is one more pass over each constrained leaf.
         keep_params: Whether the state has a copy of the constrained leaves, for loops that call
-            ``tx.update(grads, state)`` without parameters. That is exact as long as nothing else
-            changes them, and takes the memory of those leaves once more.
+            ``tx.update(grads, state)`` alone. It is exact as long as nothing else changes them.
 
     Returns:
         The transformation. Its `update` needs `params`, but for ``keep_params=True``.

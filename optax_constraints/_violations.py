@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, parts_of
+from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
 from optax_constraints._rules import Binder
 from optax_constraints._trees import check_arrays
@@ -33,7 +33,8 @@ def visits(
     check_arrays(params)
     bound = Binder(rules, layout=layout, strict=strict)(params)
     for leaf in bound:
-        if state is None and _needs_memory(leaf.constraint):
+        own = leaf.constraint
+        if state is None and own is not None and own.remembers and not own.starts_anew:
             raise ValueError(
                 f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
@@ -42,12 +43,6 @@ def visits(
             )
     memory = {} if state is None else bound.recall(memory_in(state))
     return bound.visits(params, memory, step=step, extra=extra)
-
-
-def _needs_memory(constraint: Constraint | None) -> bool:
-    """Whether a constraint, or one that it is made of, cannot do without what it remembers."""
-    parts = () if constraint is None else parts_of(constraint)
-    return any(p.remembers and not p.starts_anew and len([*parts_of(p)]) == 1 for p in parts)
 
 
 def violations(  # noqa: D417  # what verbs share is said once, in `constrain`

@@ -538,6 +538,12 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "SkewSymmetric": st.builds(oc.SkewSymmetric),
     "SumTo": st.builds(oc.SumTo, _number, _axis),
     "Symmetric": st.builds(oc.Symmetric),
+    "ConvexSequence": st.builds(oc.ConvexSequence, _axis, st.none() | st.just([0.0, 1.0, 3.0])),
+    "ConcaveSequence": st.builds(oc.ConcaveSequence, _axis, st.none()),
+    "Polyhedron": st.builds(
+        lambda row, h, axis: oc.Polyhedron([row], h, axis), _numbers.filter(any), _number, _axis
+    ),
+    "Unimodal": st.builds(oc.Unimodal, _axis, st.none() | st.integers(0, 3)),
     "Tied": st.builds(oc.Tied, st.lists(st.integers(-9, 9), min_size=1, max_size=4)),
     "TopK": st.builds(oc.TopK, st.integers(0, 5) | st.floats(0.125, 1), _axis)
     | st.builds(oc.TopK, st.integers(0, 5), st.integers(-3, 3), st.just("units")),
@@ -566,6 +572,7 @@ _constraints = st.recursive(
 )
 _WITH_ARRAYS = (
     *('"Affine"', '"Around"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"', '"Transport"'),
+    *('"Polyhedron"', '"ConvexSequence"'),
 )
 _combinators = ("Around", "Stacked", "Soft", "Part", "Compose", "Intersection")
 _drawn_rules = st.recursive(

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import lax
 
-from optax_constraints._axes import Convolution
+from optax_constraints.sets.operator import Convolution
 
 # Parameters that are one vector of the whole layer, whatever its shape.
 _VECTORS = ("bias", "scale")

@@ -34,7 +34,7 @@ from flax import nnx, struct
 from flax.core import meta
 from flax.nnx import bridge
 
-from optax_constraints._axes import Convolution, LeafLayout
+from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint
 from optax_constraints._text import shown
 from optax_constraints._trees import path_of
@@ -46,6 +46,7 @@ from optax_constraints.flax._static import (
 )
 from optax_constraints.flax._train_state import TrainState as TrainState
 from optax_constraints.sets.combinators import Stacked
+from optax_constraints.sets.operator import Convolution
 
 # Layers.
 
@@ -259,7 +260,7 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LeafLayout]
         >>> from flax import linen as nn
         >>> from optax_constraints.flax.linen import layout
         >>> layout(nn.Dense(3, use_bias=False), jnp.ones((1, 2)))
-        {'kernel': LeafLayout(layer='Dense', fan_in=(0,), stacked=(), convolution=None)}
+        {'kernel': LeafLayout(layer='Dense', fan_in=(0,), stacked=())}
     """
     leaves = _trace(model, args, kwargs).leaves
     return {path: leaf.layout(path) for path, leaf in leaves.items()}

@@ -37,7 +37,7 @@ from flax import nnx
 from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints import _stats
-from optax_constraints._axes import Convolution, Layout, LeafLayout, drop_axes, insert_axes
+from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint
 from optax_constraints._lost_steps import warn_of_lost_steps
 from optax_constraints._patterns import Rules
@@ -52,6 +52,7 @@ from optax_constraints.flax._layers import layer_type, own_convolution, own_fan_
 from optax_constraints.flax._signature import SUFFIX, OfInit, signature
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets.combinators import Stacked
+from optax_constraints.sets.operator import Convolution
 
 Keys = tuple[Any, ...]
 Shape = tuple[int, ...]

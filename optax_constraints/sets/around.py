@@ -97,6 +97,11 @@ class Around(Single):
         """Whether the center is the weights at init, or the constraint inside remembers."""
         return self._starts_at_init or self.constraint.remembers
 
+    @property
+    def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the center is known, and the constraint inside does."""
+        return not self._starts_at_init and self.constraint.starts_anew
+
     def remember(self, w: jax.Array) -> Any:
         """The weights, if they are the center, and what the constraint inside remembers."""
         if not self.remembers:

@@ -72,6 +72,11 @@ class Single(Constraint):
         """Whether the constraint inside does."""
         return self.constraint.remembers
 
+    @property
+    def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does."""
+        return self.constraint.starts_anew
+
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -499,6 +504,11 @@ class Several(Constraint):
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether one of the constraints does."""
         return any(c.remembers for c in self.constraints)
+
+    @property
+    def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all of the constraints that remember do."""
+        return all(c.starts_anew or not c.remembers for c in self.constraints)
 
     @property
     def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -132,11 +132,13 @@ def _pooled(
     if bound is not None:
         pairs = tuple(a & b for a, b in zip(pairs, bound, strict=True))
     pools = _connected(pairs, x).ravel()
-    size = pools.size
-    count = jax.ops.segment_sum(jnp.ones_like(x).ravel(), pools, size)
-    mean = jax.ops.segment_sum(dw.ravel(), pools, size) / jnp.maximum(count, 1)
-    moved = jnp.abs(x - w) > near
-    moved = jax.ops.segment_sum(moved.ravel().astype(x.dtype), pools, size)
+
+    def sums(entries: jax.Array) -> jax.Array:
+        return jnp.zeros_like(entries).at[pools].add(entries)
+
+    count, total = sums(jnp.ones_like(dw).ravel()), sums(dw.ravel())
+    moved = sums((jnp.abs(x - w) > near).ravel().astype(x.dtype))
+    mean = total / jnp.maximum(count, 1)
     return jnp.where(moved[pools] > 0, mean[pools], dw.ravel()).reshape(x.shape)
 
 

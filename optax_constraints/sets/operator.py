@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,17 @@ Padding: TypeAlias = str | int | Sequence[int | Sequence[int]] | None
 _ZEROS = ("SAME", "SAME_LOWER", "VALID", "CAUSAL")
 _NAMES = ("strides", "padding", "dilation", "groups")
 _EXAMPLE = 'strides=1, padding="SAME", dilation=1, groups=1'
+
+
+class Convolution(NamedTuple):
+    """How a layer moves its kernel (*window, in / groups, out) over an image."""
+
+    strides: tuple[int, ...]
+    padding: Any
+    """Text, or how many zeros are around an image."""
+    dilation: tuple[int, ...]
+    groups: int
+    input_dilation: tuple[int, ...]
 
 
 @builtin
