@@ -34,6 +34,7 @@ PRIVATE = (
             "_report.py",
             "flax/_static.py",
             "sets/elementwise.py",
+            "sets/simplex.py",
         ),
         "Values that JAX is tracing are instances of it, and arrays are not.",
     ),

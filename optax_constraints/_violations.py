@@ -33,8 +33,7 @@ def visits(
     check_arrays(params)
     bound = Binder(rules, layout=layout, strict=strict)(params)
     for leaf in bound:
-        own = leaf.constraint
-        if state is None and own is not None and own.remembers and not own.starts_anew:
+        if state is None and leaf.remembers:
             raise ValueError(
                 f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"
