@@ -69,6 +69,7 @@ def with_kept_params(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.custom_jvp
 def _rounded(update: jax.Array, seen: jax.Array) -> jax.Array:
     """The update to the bit, but no product that a compiler could join with a sum.
 
@@ -79,3 +80,8 @@ def _rounded(update: jax.Array, seen: jax.Array) -> jax.Array:
     zero = jnp.minimum(seen, 0)
     bits = jax.lax.bitcast_convert_type(update, f"uint{8 * update.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(bits + zero.astype(bits.dtype), update.dtype)
+
+
+@_rounded.defjvp
+def _rounded_jvp(primals: Any, tangents: Any) -> Any:
+    return _rounded(*primals), tangents[0]

@@ -107,6 +107,13 @@ def test_leaves_without_updates():
     assert same(state.params["b"], params["b"])
 
 
+def test_derivatives_go_through_the_update():
+    tx, w = oc.project(oc.non_neg(), keep_params=True), jnp.array([1.0, 2.0])
+    state = tx.init(w)
+    gradient = jax.grad(lambda u: jnp.sum(tx.update(u, state)[0]))(jnp.array([-3.0, 1.0]))
+    np.testing.assert_array_equal(gradient, [0, 1])
+
+
 def test_accumulated_and_restored():
     tx = optax.MultiSteps(last(keep_params=True), 2)
     plain = optax.MultiSteps(last(), 2)
