@@ -95,6 +95,8 @@ TESTS = {
         "test_configs.py -k equal or identity",
         "test_keras_parity.py -k defaults",
     ],
+    "sets.pattern": ["test_pattern.py", "test_elementwise.py", "test_tangent.py -k Mask or Zero"],
+    "sets.around": ["test_around.py", "test_cones.py -k around"],
     "sets.elementwise": [
         "test_elementwise.py",
         f"test_numerics.py -k {ELEMENTWISE}",

@@ -3,16 +3,14 @@
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from optax_constraints._text import describe, shown, warn
 
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
 
 
-class LeafLayout(NamedTuple):
-    """What a model says of one parameter."""
-
+class _LeafLayout(NamedTuple):
     layer: str
     """Type of the layer that owns it."""
     fan_in: tuple[int, ...] | None
@@ -20,10 +18,28 @@ class LeafLayout(NamedTuple):
     stacked: tuple[int, ...] = ()
     """The axes of the leaf along which layers are stacked, as by `nn.scan` or `nnx.vmap`."""
 
+
+class LeafLayout(_LeafLayout):
+    """What a model says of one parameter."""
+
+    convolution: Any = None
+    """What the layer does with a kernel, if it is a convolution: a `Convolution`. No field."""
+
+    def __new__(cls, layer: str, fan_in: Any, stacked: Any = (), convolution: Any = None):
+        self = super().__new__(cls, layer, fan_in, stacked)
+        self.convolution = convolution
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        own = self.convolution == getattr(other, "convolution", self.convolution)
+        return own and tuple.__eq__(self, other)  # pyright: ignore[reportArgumentType]
+
+    __hash__ = tuple.__hash__
+
     def without(self, axes: tuple[int, ...]) -> "LeafLayout":
         """The same of one slice along these axes."""
         fan_in = None if self.fan_in is None else remove_axes(self.fan_in, axes)
-        return self._replace(fan_in=fan_in, stacked=remove_axes(self.stacked, axes))
+        return LeafLayout(self.layer, fan_in, remove_axes(self.stacked, axes), self.convolution)
 
 
 Layout: TypeAlias = Mapping[str, LeafLayout]

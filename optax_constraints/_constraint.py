@@ -85,6 +85,12 @@ class Constraint:
     remembers: ClassVar[bool] = False
     """Whether `advance` needs what `remember` returned, which `project` keeps in its state."""
 
+    starts_anew: ClassVar[bool] = False
+    """Whether what it remembers only saves work, so that `advance` can do without: with `()`."""
+
+    _not_shown: ClassVar[tuple[str, ...]] = ("axis", "axis_name")
+    """Fields that the report leaves out."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Makes an object, and the first of its class known to JAX."""
         if (args or kwargs) and cls.__init__ is object.__init__:
@@ -189,8 +195,13 @@ class Constraint:
 
     def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         """`tangent` of a vector in a dtype in which sums are taken, float32 or wider."""
-        del memory, slack
-        return jax.jvp(self, (w.astype(v.dtype),), (v,))[1]
+        del slack
+
+        def project(w: jax.Array) -> jax.Array:
+            known = self.remembers and jax.tree.leaves(memory)
+            return self.advance(w, memory)[0] if known else self(w)
+
+        return jax.jvp(project, (w.astype(v.dtype),), (v,))[1]
 
     def at(self, step: jax.typing.ArrayLike) -> "Constraint":
         """This constraint with each schedule replaced by its value.
@@ -337,9 +348,10 @@ class Constraint:
         """
         del prepared
         target, memory = self.aim(jax.tree.map(moved, params, updates), memory)
-        return self.keep_inside(params, jax.tree.map(difference, target, params, updates)), memory
+        delta = jax.tree.map(difference, target, params, updates)
+        return self.keep_inside(params, delta, memory), memory
 
-    def keep_inside(self, params: Any, delta: Any) -> Any:
+    def keep_inside(self, params: Any, delta: Any, memory: Any = ()) -> Any:
         """An update after which no entry is outside of an elementwise set.
 
         ``p + (t - p)`` can round to a neighbour of `t` that is outside the set. One step of the
@@ -348,6 +360,7 @@ class Constraint:
         Args:
             params: The weights as they are.
             delta: The update, of the same shape.
+            memory: What is remembered after the update.
 
         Returns:
             The update, of the dtype of `delta`; of other sets just that.
@@ -355,7 +368,7 @@ class Constraint:
         if not self.elementwise:
             return delta
         reached = jax.lax.stop_gradient(jax.tree.map(moved, params, delta))
-        return jax.tree.map(_nudged, delta, reached, self.aim(reached, ())[0])
+        return jax.tree.map(nudged, delta, reached, self.aim(reached, memory)[0])
 
     def __eq__(self, other: object) -> bool:
         """Whether `other` is the same set with the same hyperparameters."""
@@ -373,8 +386,8 @@ class Constraint:
         """The name with its hyperparameters, without the axis, as the report shows it."""
         if not dataclasses.is_dataclass(self):
             return type(self).__name__
-        left_out = ("axis", "axis_name")
-        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out)
+        names = (f.name for f in dataclasses.fields(self) if f.name not in self._not_shown)
+        values = (getattr(self, name) for name in names)
         return f"{type(self).__name__}({', '.join(map(_short, values))})"
 
 
@@ -410,7 +423,7 @@ def _nudge_jvp(primals: Any, tangents: Any) -> Any:
 
 
 # Compiled by itself, for calls outside jit.
-_nudged = jax.jit(_nudge, inline=True)
+nudged = jax.jit(_nudge, inline=True)
 
 
 # Constraints as pytrees, and as values that are equal or not.

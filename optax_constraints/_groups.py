@@ -16,10 +16,10 @@ from optax_constraints._numerics import widest
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
 from optax_constraints.sets._common import InParts, Parts
-from optax_constraints.sets.combinators import Around, Stacked
+from optax_constraints.sets.combinators import Single, Stacked
 
 
-class Group(Around):
+class Group(Single):
     """Base of both: several arrays under the constraint of one."""
 
     def whole(self, parts: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:

@@ -139,6 +139,18 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     return _differentiable_norm(x, axis)
 
 
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """A power of two by which a number, such as the largest of many, comes near 1.
+
+    Of zero, subnormal numbers and what is not finite it is 1.
+    """
+    ordinary = (largest >= jnp.finfo(largest.dtype).tiny) & (largest < jnp.inf)
+    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
+    # 2^-128 is not a normal float32.
+    exponent = jnp.minimum(exponent, jnp.finfo(largest.dtype).maxexp - 2)
+    return jnp.ldexp(jnp.ones_like(largest), -exponent)
+
+
 def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """`x` to the bit, but on the CPU it is not known until the array `before` is.
 
@@ -158,6 +170,19 @@ def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     return x * ones.astype(x.dtype)
 
 
+def stored(w: jax.Array) -> jax.Array:
+    """Weights as their dtype holds them, where XLA would leave out the rounding of a sum."""
+    dtype, held = compute_dtype(w.dtype), jnp.finfo(w.dtype)
+    if dtype == w.dtype:
+        return w
+    wide = w.astype(dtype)
+    kept = lax.reduce_precision(wide, held.nexp, held.nmant)
+    if held.tiny > jnp.finfo(dtype).tiny:  # subnormal numbers of float16 would become zeros
+        step = float(held.smallest_subnormal)
+        kept = jnp.where(jnp.abs(wide) < float(held.tiny), jnp.round(wide / step) * step, kept)
+    return kept.astype(w.dtype)
+
+
 ARRAYS = np.ndarray, jax.Array
 
 
@@ -171,3 +196,15 @@ def is_readable(array: Any) -> bool:
     if isinstance(array, Tracer):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def exponent_of(largest: jax.Array) -> jax.Array:
+    """An exponent by which numbers up to `largest` are scaled to about 1, without underflow."""
+    info = jnp.finfo(largest.dtype)
+    exponent = jnp.frexp(largest)[1]
+    return jnp.clip(exponent, int(info.minexp) + 2, int(info.maxexp) - 2)
+
+
+def exp2(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A power of two, to the bit."""
+    return jnp.ldexp(jnp.ones((), dtype), exponent)

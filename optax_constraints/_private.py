@@ -34,7 +34,6 @@ PRIVATE = (
             "_report.py",
             "flax/_static.py",
             "sets/elementwise.py",
-            "sets/simplex.py",
         ),
         "Values that JAX is tracing are instances of it, and arrays are not.",
     ),

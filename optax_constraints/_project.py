@@ -67,8 +67,7 @@ def project(
         stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
             is one more pass over each constrained leaf.
         keep_params: Whether the state has a copy of the constrained leaves, for loops that call
-            ``tx.update(grads, state)`` without parameters. That is exact as long as nothing else
-            changes them, and takes the memory of those leaves once more.
+            ``tx.update(grads, state)`` alone. It is exact as long as nothing else changes them.
 
     Returns:
         The transformation. Its `update` needs `params`, but for ``keep_params=True``.
@@ -127,7 +126,7 @@ def project(
                 before = before if prepared is None else prepared
                 moved, kept = constraint.update(p, u, own, prepared)
                 if keep_dtype:
-                    moved = _narrowed(constraint, p, moved, u)
+                    moved = _narrowed(constraint, p, moved, u, own)
                 if stats and not constraint.elementwise:
                     measured.append(_stats.of_update(constraint, p, u, moved, own, prepared))
                 return moved, kept
@@ -158,11 +157,13 @@ def project(
     return with_kept_params(tx, bind) if keep_params else tx
 
 
-def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any) -> Any:
+def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any, memory: Any) -> Any:
     """Updates in the dtypes that they came in, after which entries of entrywise sets hold."""
     narrow = jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
     same = jax.tree.map(lambda m, u: m.dtype == u.dtype, moved, updates)
-    return moved if all(jax.tree.leaves(same)) else constraint.keep_inside(params, narrow)
+    if all(jax.tree.leaves(same)):
+        return moved
+    return constraint.keep_inside(params, narrow, memory)
 
 
 # Of Optax, what chooses between the updates of a transformation and others.

@@ -15,6 +15,7 @@ from optax_constraints._numerics import (
     compute_dtype,
     in_three_ranges,
     norm_by_sums,
+    stored,
     widest,
 )
 from optax_constraints._rules import Binder
@@ -228,7 +229,7 @@ def of_weights(
 
 def _of_step(constraint: Constraint, update: Any, without: Any, weights: Any) -> LeafStats:
     """The statistics of one leaf or group, from the weights without the projection and with it."""
-    without, weights = (jax.tree.map(_stored, tree) for tree in (without, weights))
+    without, weights = (jax.tree.map(stored, tree) for tree in (without, weights))
     # Not of the difference of updates, in which the rounding of each is left.
     correction = jax.tree.map(_minus, without, weights)
     return _measured(update, correction, None, constraint.on_bound(weights))
@@ -247,14 +248,6 @@ def _measured(
 def _like(old: LeafStats, new: LeafStats) -> LeafStats:
     """The new statistics in the dtypes of the old."""
     return jax.tree.map(lambda x, z: x.astype(z.dtype), new, old)
-
-
-def _stored(w: jax.Array) -> jax.Array:
-    """Weights as their dtype holds them, where XLA would leave out the rounding of a sum."""
-    dtype, held = compute_dtype(w.dtype), jnp.finfo(w.dtype)
-    if dtype == w.dtype:
-        return w
-    return jax.lax.reduce_precision(w.astype(dtype), held.nexp, held.nmant).astype(w.dtype)
 
 
 def _minus(a: jax.Array, b: jax.Array) -> jax.Array:

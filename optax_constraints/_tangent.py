@@ -48,8 +48,10 @@ def tangent(
     What counts as at a bound: entries that equal it, as `project` leaves them; norms, sums and
     inner products within 2 machine epsilons of the weights' dtype and the rounding of sums;
     singular values and eigenvalues within that and the rounding of their decomposition; for
-    `Monotone`, neighbours within 4; for `DoublyStochastic`, entries below 8 of the dtype it
-    computes in; in an `Intersection`, all within 64 of the largest weight.
+    `Monotone`, neighbours within 4; for `DoublyStochastic` and `Transport`, entries below 8 of
+    the dtype they compute in, relative to the largest sum; for `BoxSection`, those within 2 of
+    that, relative to the sum of magnitudes; in an `Intersection`, all within 64 of the largest
+    weight.
 
     Cost: two passes over a leaf for a norm; for simplexes and l1 balls some more, as for the
     projection; matrix products for `Orthogonal`, a decomposition or two for the other spectral

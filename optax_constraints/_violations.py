@@ -33,7 +33,8 @@ def visits(
     check_arrays(params)
     bound = Binder(rules, layout=layout, strict=strict)(params)
     for leaf in bound:
-        if state is None and leaf.remembers:
+        own = leaf.constraint
+        if state is None and own is not None and own.remembers and not own.starts_anew:
             raise ValueError(
                 f"{verb}: {leaf.constraint} on {leaf.path!r} is relative to what the "
                 f"weights were at init, which only the state of project knows; write {verb}"

@@ -47,6 +47,8 @@ UNIT_NORMS = {
     "min_max_norm": oc.min_max_norm(0.5, 1.0, rate=0.5),
     "unit_norm": oc.unit_norm(),
     "fixed_norm": oc.fixed_norm("init", axis=0),
+    "fixed_rms": oc.fixed_rms("init", axis=0),
+    "around norms": oc.around(oc.max_norm("0.01x init")),
     "max_rms": oc.max_rms(0.2, axis=0),
     "soft": oc.soft(oc.max_norm(1.0), 0.5),
     "compose": oc.compose(oc.non_neg(), oc.max_norm(1.0)),
@@ -62,6 +64,10 @@ ELEMENTWISE = {
     "box": oc.box(-0.01, 0.5),
     "grid": oc.grid([-1, 0, 1]),
     "mask": oc.mask(_FREE),
+    "mask of init": oc.mask("init"),
+    "sign": oc.sign(),
+    "signs of rows": oc.sign(np.sign(np.linspace(-1, 1, 128))[:, None]),
+    "around": oc.around(oc.box(-0.005, 0.005)),
     "nm": oc.nm(2, 4),
     "zero_diagonal": oc.zero_diagonal(),
 }
@@ -76,7 +82,14 @@ SUMS = {
 }
 OTHERS = {
     "monotone": oc.monotone(),
+    "lattice": oc.monotone(axis=(0, 1)),
+    "unimodal": oc.unimodal(),
+    "convex_sequence": oc.convex_sequence(),
+    "concave_sequence": oc.concave_sequence(),
+    "polyhedron": oc.polyhedron(np.stack([np.linspace(-1, 2, 32), np.ones(32)]), 0.5),
     "top_k": oc.top_k(5),
+    "top_k of units": oc.top_k(5, axis=0, of="units"),
+    "tied": oc.tied(lambda shape: np.subtract.outer(*map(np.arange, shape))),
     "part": oc.part(oc.non_neg(), "..., :3"),
     "orthogonal": oc.orthogonal(),
     "max_spectral_norm": oc.max_spectral_norm(1.0),
@@ -158,9 +171,11 @@ class Checks:
         for (keys, g), w in zip(
             jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
         ):
-            w = np.asarray(w)
+            w = np.asarray(w, np.float64)
             for shard in g.addressable_shards:
-                error = np.max(np.abs(np.asarray(shard.data) - w[shard.index]), initial=0)
+                error = np.max(
+                    np.abs(np.asarray(shard.data, np.float64) - w[shard.index]), initial=0
+                )
                 ulps = float(error / np.finfo(np.float32).eps / max(1, np.max(np.abs(w))))
                 self.worst[group] = max(self.worst.get(group, 0), ulps)
                 self.that(ulps <= limit, kind, f"{group}{jax.tree_util.keystr(keys)}: {ulps} ulps")

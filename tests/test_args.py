@@ -30,8 +30,16 @@ FIELDS = [
     if field.metadata.get("number")
 ]
 _REST: dict[str, dict[str, Any]] = {
+    "BoxSection": {
+        "lower": -1e33,
+        "upper": 1e33,
+        "normal": np.array([1.0, -2.0, 0.5, 1.0]),
+        "value": 1e33,
+        "equality": False,
+    },
     "HalfSpace": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
     "Hyperplane": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
+    "MaxOperatorNorm": {"strides": 1, "padding": "SAME", "dilation": 1, "groups": 1},
     "Soft": {"constraint": oc.max_norm(0.5)},
 }
 
@@ -58,7 +66,7 @@ def test_an_argument_is_the_number_that_it_gives(cls, name, limits):
     number = jnp.asarray(2, jnp.int32) if limits.whole else jnp.asarray(0.75, WIDEST)
     rest = _REST.get(cls.__name__, {})
     of_arg, of_number = (cls(**{**rest, name: n}) for n in (oc.arg("n"), number))
-    w = normal((4, 4), 2)
+    w = normal((3, 4, 4) if cls is oc.MaxOperatorNorm else (4, 4), 2)
     assert bits(kernel(of_arg, w, n=number)) == bits(kernel(of_number, w))
     config = json.loads(json.dumps(oc.serialize(of_arg)))
     assert config["config"][name] == {"arg": "n"}

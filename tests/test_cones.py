@@ -16,6 +16,10 @@ WIDE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 CONES = [case for case in CASES if case.constraint.has_tangent]
 N, SHAPE = 8, (5, 5)
 NORMAL = np.linspace(-1, 2, N)
+SIGNS = np.array([1, -1, 0, 1, -1, -1, 1, 0])
+CENTER = np.linspace(-0.5, 0.75, N)
+ROWS = np.random.default_rng(0).normal(size=(6, N))
+BENDS = np.diff(np.diff(np.eye(N), axis=0) / (NORMAL + 2)[1:, None], axis=0)
 
 
 def normal(shape, seed: int, scale: float = 1.0) -> jax.Array:
@@ -116,6 +120,24 @@ ORACLES = {
     "l1_ball": (oc.l1_ball(), N, of_l1),
     "sum_to": (oc.sum_to(1.0), N, lambda w, d: [cp.sum(d) == 0]),
     "hyperplane": (oc.hyperplane(NORMAL), N, lambda w, d: [NORMAL @ d == 0]),
+    "affine": (
+        oc.affine([NORMAL, NORMAL**2], [1.0, 2.0]),
+        N,
+        lambda w, d: [NORMAL @ d == 0, NORMAL**2 @ d == 0],
+    ),
+    "box_section": (
+        oc.box_section(-0.25, 0.5, NORMAL, 0.5),
+        N,
+        lambda w, d: [NORMAL @ d == 0, *signs(d, w == -0.25, w == 0.5)],
+    ),
+    "box_section_below": (
+        oc.box_section(None, np.linspace(0, 0.5, N), NORMAL, 0.5, equality=False),
+        N,
+        lambda w, d: [
+            *([NORMAL @ d <= 0] if NORMAL @ w > 0.5 - 1e-5 else []),
+            *signs(d, np.zeros(N, bool), np.abs(w - np.linspace(0, 0.5, N)) < 1e-7),
+        ],
+    ),
     "half_space": (
         oc.half_space(NORMAL, -1.0),
         N,
@@ -131,9 +153,47 @@ ORACLES = {
         N,
         lambda w, d: [d[i + 1] <= d[i] for i in np.flatnonzero(np.diff(w) > -1e-6)],
     ),
+    "lattice": (
+        oc.monotone(axis=(0, 1)),
+        SHAPE,
+        lambda w, d: [
+            *(d[i + 1, j] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=0) < 1e-6)),
+            *(d[i, j + 1] >= d[i, j] for i, j in np.argwhere(np.diff(w, axis=1) < 1e-6)),
+        ],
+    ),
+    "unimodal": (
+        oc.unimodal(peak=3),
+        N,
+        lambda w, d: [
+            (d[i + 1] - d[i]) * (1 if i < 3 else -1) >= 0
+            for i in np.flatnonzero(np.abs(np.diff(w)) < 1e-6)
+        ],
+    ),
+    "polyhedron": (
+        oc.polyhedron(ROWS, 0.5),
+        N,
+        lambda w, d: [row @ d <= 0 for row in ROWS if row @ w > 0.5 - 1e-5],
+    ),
+    "convex_sequence": (
+        oc.convex_sequence(),
+        N,
+        lambda w, d: [
+            d[i + 2] - 2 * d[i + 1] + d[i] >= 0 for i in np.flatnonzero(np.diff(w, 2) < 1e-5)
+        ],
+    ),
+    "concave_sequence": (
+        oc.concave_sequence(knots=np.cumsum(NORMAL + 2)),
+        N,
+        lambda w, d: [bend @ d <= 0 for bend in BENDS if bend @ w > -1e-5],
+    ),
     "doubly_stochastic": (
         oc.doubly_stochastic(),
         SHAPE,
+        lambda w, d: [cp.sum(d, 0) == 0, cp.sum(d, 1) == 0, *signs(d, w < 1e-6)],
+    ),
+    "transport": (
+        oc.transport([1.0, 2.0, 0.0], [1.0, 0.5, 1.0, 0.5]),
+        (3, 4),
         lambda w, d: [cp.sum(d, 0) == 0, cp.sum(d, 1) == 0, *signs(d, w < 1e-6)],
     ),
     "positive_semidefinite": (oc.positive_semidefinite(0.1), SHAPE, of_semidefinite),
@@ -149,6 +209,31 @@ ORACLES = {
         oc.compose(oc.non_neg(), oc.max_norm(1.0)),
         N,
         lambda w, d: [*signs(d, w == 0), *([w @ d <= 0] if w @ w > 0.9999 else [])],
+    ),
+    "sign": (
+        oc.sign(SIGNS),
+        N,
+        lambda w, d: signs(d, (w == 0) & (SIGNS > 0), (w == 0) & (SIGNS < 0)),
+    ),
+    "tied": (
+        oc.tied([0, 1, 2, 0, 1, 0, 3, 2]),
+        N,
+        lambda w, d: [d[0] == d[3], d[0] == d[5], d[1] == d[4], d[2] == d[7]],
+    ),
+    "around a ball": (
+        oc.around(oc.max_norm(0.5), CENTER),
+        N,
+        lambda w, d: [(w - CENTER) @ d <= 0] if np.linalg.norm(w - CENTER) > 0.49999 else [],
+    ),
+    "around a simplex": (
+        oc.around(oc.simplex(), CENTER),
+        N,
+        lambda w, d: [cp.sum(d) == 0, *signs(d, w - CENTER < 1e-6)],
+    ),
+    "around a box": (
+        oc.around(oc.box(-0.3, 0.2), CENTER),
+        N,
+        lambda w, d: signs(d, w - CENTER < -0.3 + 1e-6, w - CENTER > 0.2 - 1e-6),
     ),
     "part": (
         oc.part(oc.simplex(), ":3"),
@@ -347,6 +432,8 @@ def test_a_bound_that_is_relative_to_init_is_kept_in_the_state():
         oc.simplex(axis=None),
         oc.l1_ball(axis=None),
         oc.sum_to(1.0, axis=None),
+        oc.box_section(-0.25, 0.5, np.linspace(-1, 2, 11), 0.5, axis=None),
+        oc.affine([np.linspace(-1, 2, 11), np.ones(11)], axis=None),
     ],
 )
 def test_groups_have_the_cone_of_their_vector(constraint):
@@ -389,6 +476,8 @@ def test_stacks_go_slice_by_slice():
     [
         oc.grid([-1, 0, 1]),
         oc.top_k(2),
+        oc.top_k(2, axis=0, of="units"),
+        oc.around(oc.top_k(2)),
         oc.nm(2, 4),
         oc.min_max_norm(0.5, 1.0),
         oc.soft(oc.max_norm(1.0), 0.5),
@@ -473,7 +562,17 @@ def test_inside_nothing_changes_to_the_bit():
         oc.simplex(),
         oc.l1_ball(),
         oc.monotone(),
+        oc.box_section(-0.25, 0.5, np.linspace(-1, 2, 7), 0.5),
+        oc.box_section(0.0, 0.5, equality=False),
+        oc.monotone(axis=(0, 1)),
+        oc.polyhedron(ROWS[:, :7], 0.5),
+        oc.convex_sequence(),
+        oc.unimodal(peak=3),
         oc.doubly_stochastic(),
+        oc.sign(np.sign(np.linspace(-1, 1, 7))[:, None]),
+        oc.tied(np.arange(21).reshape(7, 3) % 4),
+        oc.around(oc.box(-0.5, 0.5), np.ones((7, 3))),
+        oc.around(oc.l1_ball(), np.ones((7, 3))),
     ],
     ids=str,
 )

@@ -156,7 +156,7 @@ def test_get_returns_other_callables_as_they_are(thing):
         ("max_nrom", r"'max_nrom'\. Did you mean 'max_norm' or .*register"),
         ("unitnorm", r"'unitnorm'\. Did you mean .*'unit_norm'"),
         ("non_negative", r"'non_negative'\. Did you mean .*'non_neg'"),
-        ("qqqq", r"'qqqq'\. Known names are box, .*max_norm, .*unit_norm.*\. .*register"),
+        ("qqqq", r"'qqqq'\. Known names are affine, .*box, .*max_norm, .*unit_norm.*\. .*register"),
         ("", r"''\. Known names are "),
         ("builtins.abs", r"Could not interpret constraint identifier: 'builtins.abs'"),
         ("optax_constraints.MaxNorm", r"identifier: 'optax_constraints.MaxNorm'\. .*register"),

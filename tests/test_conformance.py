@@ -42,8 +42,22 @@ def relative(constraint: oc.Constraint, axis, low: float, high: float) -> Case:
     return Case(constraint, lambda w: w, outside, unit=unit)
 
 
+def _held(w: np.ndarray) -> np.ndarray:
+    return np.where(ZERO, 0, w)
+
+
+ZERO = np.random.default_rng(4).random((7, 5, 3)) < 0.5
 ALL = [
     *CASES,
+    Case(oc.mask("init"), _held, lambda w: np.abs(np.where(ZERO, w, 0))),
+    Case(oc.sign(), lambda w: w, lambda w: np.maximum(-w * np.sign(START), 0)),
+    Case(
+        oc.around(oc.max_norm("0.25x init")),
+        lambda w: w,
+        lambda w: np.maximum(norms(w - START, 0) / norms(START, 0) / 0.25 - 1, 0),
+        unit=(0,),
+        adds=True,
+    ),
     relative(oc.fixed_norm("init"), None, 1, 1),
     relative(oc.max_norm("init", axis=1), 1, 0, 1),
     relative(oc.Stacked(oc.Soft(oc.fixed_norm("init"), rate=1.0)), (1, 2), 1, 1),
@@ -237,10 +251,8 @@ def test_dtypes_of_updates_and_of_the_state(case: Case):
         params, updates = (jax.ShapeDtypeStruct(case.shape, dtype) for dtype in (param, update))
         state = jax.eval_shape(tx.init, params)
         # The momentum has the dtype of updates from the first step on.
-        state = jax.tree.map(
-            lambda x, d=update: x.update(dtype=d) if x.shape == case.shape else x,
-            state,
-        )
+        moments = jax.tree.map(lambda x, d=update: x.update(dtype=d), state[0])
+        state = (moments, *state[1:])
         new, after = jax.eval_shape(tx.update, updates, state, params)
         assert (new.shape, new.dtype) == (case.shape, jnp.promote_types(param, update))
         assert avals(after[-1]) == avals(state[-1])

@@ -278,6 +278,10 @@ ZEROS = [
     oc.soft(oc.box(-1.0, 1.0), 0.25),
     oc.compose(oc.non_neg(), oc.box(0.0, 1.0)),
     oc.stacked(oc.non_neg()),
+    oc.sign([-1, 1]),
+    oc.sign([1, -1]),
+    oc.tied([0, 0]),
+    oc.around(oc.box(-1.0, 1.0), [0.5, 0.5]),
 ]
 
 

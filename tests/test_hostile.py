@@ -142,7 +142,9 @@ def bind(rules: Any) -> bool:
 def warm():
     """Loads and binds each set once, so that what JAX imports when first used is there."""
     for name, arguments in _GOOD.items():
-        oc.project(oc.deserialize({"class_name": name, "config": arguments})).init(jnp.eye(3))
+        oc.project(oc.deserialize({"class_name": name, "config": arguments})).init(
+            jnp.ones((3, 3, 3))
+        )
     for relative in (oc.max_norm("2x init"), oc.max_rms("init"), oc.fixed_norm("init", axis=0)):
         oc.project({"kernel": oc.Stacked(relative), "bias": relative}, strict=False).init(PARAMS)
 
@@ -496,16 +498,28 @@ def test_what_is_registered_is_not_called():
 
 # Arguments that make each set, for those that need some.
 _GOOD: dict[str, dict[str, Any]] = {
+    "Around": {"constraint": "max_norm"},
+    "Affine": {"a": [[1.0, 2.0, 3.0]]},
     "Box": {"lower": -1.0},
+    "BoxSection": {"lower": 0.0, "upper": 1.0},
     "CenterAround": {"ref_value": 0.0},
     "Compose": {"constraints": ["non_neg", "max_norm"]},
     "FixedNorm": {"value": "init"},
+    "FixedRMS": {"value": "init"},
+    "FixedSpectralNorm": {"value": 1.0},
     "Grid": {"values": [-1, 0, 1]},
     "HalfSpace": {"normal": [1.0, 2.0, 3.0]},
     "Hyperplane": {"normal": [1.0, 2.0, 3.0]},
     "Intersection": {"constraints": ["non_neg", "max_norm"]},
     "LowRank": {"rank": 1},
     "Mask": {"mask": [1, 0, 1]},
+    "MaxOperatorNorm": {
+        "max_value": 1.0,
+        "strides": 1,
+        "padding": "SAME",
+        "dilation": 1,
+        "groups": 1,
+    },
     "MaxRMS": {"max_value": 1.0},
     "NM": {"n": 1, "m": 3},
     "NuclearNormBall": {"radius": 1.0},
@@ -513,7 +527,9 @@ _GOOD: dict[str, dict[str, Any]] = {
     "Soft": {"constraint": "max_norm", "rate": 0.5},
     "Stacked": {"constraint": "non_neg"},
     "SumTo": {"value": 1.0},
+    "Tied": {"labels": [0, 0, 1]},
     "TopK": {"k": 2},
+    "Transport": {"rows": 0.0, "columns": 0.0},
 }
 
 _small = [VALUES[name] for name in VALUES if len(json.dumps(VALUES[name])) < 500]

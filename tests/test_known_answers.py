@@ -151,6 +151,33 @@ def test_isotonic_regression(increasing):
     finds(want, loss, np.zeros((16, 3)), constraint, steps=300, momentum=0.7)
 
 
+def test_least_squares_in_a_polyhedron():
+    a, b = design(40, 8), normal(40, seed=2)
+    g, h = normal(6, 8, seed=3), np.linspace(-1, 0, 6)
+    want = by_cvxpy(8, lambda w: cp.sum_squares(a @ w - b), lambda w: g @ w <= h)
+    assert 1 < np.sum(g @ want > h - 1e-6) < 6
+    finds(want, half_squares(a, b), np.zeros(8), oc.polyhedron(g, h), steps=1000)
+
+
+@pytest.mark.parametrize("name", ["convex_sequence", "lattice"])
+def test_regression_with_weights(name):
+    # Not one projection: those are in the plain distance, the weights are in the loss.
+    n = (5, 4) if name == "lattice" else (12, 1)
+    constraint = oc.monotone(axis=None) if name == "lattice" else oc.convex_sequence()
+    slope = np.add.outer(*(np.linspace(-1, 1, m) ** (2 if name != "lattice" else 1) for m in n))
+    y = slope + 0.7 * normal(*n)
+    weight = np.random.default_rng(1).uniform(0.3, 1, size=n)
+    lines = [lambda w: cp.diff(w, axis=0) >= 0, lambda w: cp.diff(w, axis=1) >= 0]
+    lines = lines if name == "lattice" else [lambda w: cp.diff(w, 2, axis=0) >= 0]
+    want = by_cvxpy(n, lambda w: cp.sum(cp.multiply(weight, cp.square(w - y))), *lines)
+    scale, target = jnp.asarray(weight, WIDE), jnp.asarray(y, WIDE)
+
+    def loss(w):
+        return 0.5 * jnp.sum(scale * jnp.square(w - target))
+
+    finds(want, loss, np.zeros(n), constraint, steps=400, momentum=0.7)
+
+
 @pytest.mark.parametrize("tangent", [False, True])
 def test_top_eigenvector(tangent):
     # Four starts: every one comes to the vector or to its negative.

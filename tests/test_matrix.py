@@ -12,12 +12,12 @@ from scipy.optimize import linear_sum_assignment
 import optax_constraints as oc
 from optax_constraints._axes import LeafLayout
 from optax_constraints.sets.matrix import (
-    DoublyStochastic,
     PositiveSemidefinite,
     Radial,
     SkewSymmetric,
     Symmetric,
 )
+from optax_constraints.sets.transport import DoublyStochastic
 
 X64 = bool(jax.config.jax_enable_x64)
 WIDE = np.float64 if X64 else np.float32

@@ -17,6 +17,7 @@ from flax import nnx
 
 import optax_constraints as oc
 from optax_constraints import flax as ocf
+from optax_constraints._walk import memory_in
 
 PARAMS = {
     "dense": {"kernel": 3 * jax.random.normal(jax.random.key(0), (4, 3)), "bias": jnp.ones(3)},
@@ -293,6 +294,72 @@ def test_linen_train_state():
     want = norms(float64(params["kernel"]), None)
     np.testing.assert_allclose(norms(float64(state.params["kernel"]), None), want, rtol=1e-6)
     assert list(state.memory) == ["kernel"]
+
+
+ENTRIES = [
+    oc.mask("init"),
+    oc.sign(),
+    oc.around(oc.box(-0.01, 0.01)),
+    oc.around(oc.max_norm("0.1x init")),
+]
+"""Sets that remember something of each entry."""
+
+
+def half_zero(w: jax.Array) -> jax.Array:
+    return w.at[: len(w) // 2].set(0)
+
+
+@pytest.mark.parametrize("constraint", ENTRIES, ids=str)
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+def test_what_entries_were_is_kept_for_the_whole_training(constraint, wrap):
+    start = {"w": half_zero(PARAMS["dense"]["kernel"].astype(jnp.bfloat16))}
+    tx = wrap(optax.chain(optax.adam(0.5), oc.project(constraint, stats=True)))
+    state = tx.init(start)
+    params, after = train(tx, start, state, 30)
+    memory = constraint.remember(start["w"])
+    # To the bit: another set would not leave them alone.
+    assert bits(constraint.advance(params["w"], memory)[0]) == bits(params["w"]) or (
+        not constraint.elementwise
+    )
+    away = oc.violations(params, constraint, state=after)["w"]
+    assert away <= (0 if constraint.elementwise else 0.05)
+    assert not np.allclose(float64(params["w"]), float64(start["w"]), rtol=1e-3)
+    for old, new in zip(
+        jax.tree.leaves(memory_in(state)), jax.tree.leaves(memory_in(after)), strict=True
+    ):
+        assert bits(old) == bits(new)
+
+
+@pytest.mark.parametrize("constraint", ENTRIES, ids=str)
+def test_what_entries_were_with_nnx_and_a_checkpoint(constraint, tmp_path):
+    import orbax.checkpoint as ocp
+
+    model = ocf.nnx.Linear(4, 3, kernel_constraint=constraint, rngs=nnx.Rngs(0))
+    model.kernel[...] = half_zero(model.kernel[...])
+    start = jnp.asarray(model.kernel[...])
+    optimizer = ocf.nnx.Optimizer(model, optax.sgd(0.5))
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda model: (model(x) ** 2).sum())(model))
+
+    def steps():
+        for seed in range(3):
+            step(model, optimizer, jax.random.normal(jax.random.key(seed), (2, 4)))
+        return jnp.asarray(model.kernel[...])
+
+    steps()
+    saved = nnx.state((model, optimizer))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(jnp.zeros_like, saved)
+        want = steps()
+        nnx.update((model, optimizer), checkpointer.restore(tmp_path / "state", like))
+    assert bits(steps()) == bits(want)
+    near = constraint.advance(want, constraint.remember(start))[0]
+    np.testing.assert_allclose(near, want, atol=0 if constraint.elementwise else 1e-6)
+    assert not np.allclose(want, start)
 
 
 def test_nnx_optimizers():

@@ -36,6 +36,13 @@ PATH, SHAPE = "dense/kernel", (4, 4)
 
 # For each set what its number fields need beside one of them, and the class in its other modes.
 _REST: dict[str, dict[str, Any]] = {
+    "BoxSection": {
+        "lower": -1e33,
+        "upper": 1e33,
+        "normal": np.array([1.0, -2.0, 0.5, 1.0]),
+        "value": 1e33,
+        "equality": False,
+    },
     "HalfSpace": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
     "Hyperplane": {"normal": np.array([1.0, -2.0, 0.5, 1.0])},
     "MinMaxNorm": {"min_value": 0.5, "max_value": 1e33},

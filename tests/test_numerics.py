@@ -134,6 +134,9 @@ def test_convex_says_whether_points_between_two_are_inside(case: Case):
     outside = [np.max(case.outside((a + b) / 2)) for a, b in itertools.combinations(points, 2)]
     # Compose makes no claim.
     convex = case.constraint.convex or type(case.constraint) is oc.Compose
+    # Nor do those say that their set is convex that do not lead to its nearest point.
+    assert case.nearest or not convex
+    convex = convex or not case.nearest
     assert (max(outside) < 1e-6) == convex
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import cvxpy as cp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from sklearn.isotonic import isotonic_regression
 
 import optax_constraints as oc
+from optax_constraints._axes import LeafLayout
 from optax_constraints.sets.order import NM, Monotone, TopK
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 EPS = float(jnp.finfo(DTYPE).eps)
 RNG = np.random.default_rng
+PRECISE = {"solver": "CLARABEL"} | dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-9)
 
 
 def float64(x) -> np.ndarray:
@@ -140,17 +143,50 @@ def test_monotone_on_bound():
     assert Monotone().on_bound(w).tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("cls", [Monotone, NM])
-def test_an_order_needs_one_axis(cls):
-    name = cls.__name__
-    with pytest.raises(ValueError, match=rf"{name} on an array of shape \(4, 4\): axis=None is 2"):
-        cls(axis=None)(jnp.ones((4, 4)))
-    with pytest.raises(ValueError, match=rf"{name} on 'a/kernel' of shape \(4, 4, 4\).*one axis"):
-        cls(axis=(0, 2)).settle("a/kernel", (4, 4, 4))
-    with pytest.raises(ValueError, match=rf"{name} on 'Conv_0/kernel'.*'fan_in' is 2 axes"):
-        oc.project({"kernel": cls(axis="fan_in")}).init({"Conv_0": {"kernel": jnp.ones((4, 4, 4))}})
-    assert cls(axis="fan_in").settle("Dense_0/kernel", (4, 3)) == cls(axis=(0,))
-    assert cls(axis=None)(jnp.ones(4)).shape == (4,)
+def test_groups_need_one_axis():
+    with pytest.raises(ValueError, match=r"NM on an array of shape \(4, 4\): axis=None is 2"):
+        NM(axis=None)(jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match=r"NM on 'a/kernel' of shape \(4, 4, 4\).*one axis"):
+        NM(axis=(0, 2)).settle("a/kernel", (4, 4, 4))
+    with pytest.raises(ValueError, match=r"NM on 'Conv_0/kernel'.*'fan_in' is 2 axes"):
+        oc.project({"kernel": NM(axis="fan_in")}).init({"Conv_0": {"kernel": jnp.ones((4, 4, 4))}})
+    for cls in (Monotone, NM):
+        assert cls(axis="fan_in").settle("Dense_0/kernel", (4, 3)) == cls(axis=(0,))
+        assert cls(axis=None)(jnp.ones(4)).shape == (4,)
+
+
+# Lattices.
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((9, 7), None), ((2, 6, 3, 5), (3, 1))])
+def test_monotone_along_several_axes(shape, axis):
+    axes = (0, 1) if axis is None else axis
+    noise, places = RNG(0).normal(size=shape), np.indices(shape)
+    slope = sum(places[a] for a in axes)
+    index = np.arange(noise.size).reshape(shape)
+    for w in (noise, slope / 5 + noise, slope + noise / 10, -1e3 * slope + noise):
+        want = cp.Variable(w.size)
+        rises = [want[index[places[a] > 0]] >= want[index[places[a] < shape[a] - 1]] for a in axes]
+        distance = cp.sum_squares(want - w.ravel())
+        cp.Problem(cp.Minimize(distance), rises).solve(**PRECISE)
+        got = float64(Monotone(axis)(jnp.asarray(w, DTYPE)))
+        scale = np.max(np.abs(w))
+        np.testing.assert_allclose(got.ravel(), want.value, atol=2e-6 * scale)
+        assert all(np.all(np.diff(got, axis=a) >= 0) for a in axes)
+        falling = float64(Monotone(axis, increasing=False)(-jnp.asarray(w, DTYPE)))
+        np.testing.assert_array_equal(falling, -got)
+
+
+def test_a_lattice_does_not_depend_on_those_beside_it():
+    w = jnp.asarray(RNG(0).normal(size=(8, 9, 4)), DTYPE)
+    got = Monotone((0, 1))(w)
+    for other in (0, jnp.nan, jnp.inf, 1e3 * w[..., 1:]):
+        beside = Monotone((0, 1))(w.at[..., 1:].set(other))
+        assert bits(beside[..., 0]) == bits(got[..., 0])
+    assert Monotone((0, 1)).on_bound(got).shape == (1, 1, 4)
+    ramp = jnp.add.outer(jnp.arange(3.0), jnp.arange(4.0))
+    both = jnp.stack([ramp, ramp.at[1, 1].set(3.0)], axis=-1)
+    assert Monotone((0, 1)).on_bound(both).tolist() == [[[False, True]]]
 
 
 def test_monotone_takes_a_bool():
@@ -305,6 +341,94 @@ def test_zeros_do_not_count_where_magnitudes_are_tied():
 def test_top_k_checks_its_number(k, error, message):
     with pytest.raises(error, match=message):
         TopK(k)
+
+
+# Units that are kept or dropped as a whole.
+
+
+@pytest.mark.parametrize("dtype", [DTYPE, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("axis", [0, (0, 2), (1, 2)])
+def test_top_k_of_units_is_that_of_a_stable_sort(axis, dtype):
+    rng = RNG(0)
+    normal = rng.normal(size=(6, 5, 4))
+    for w in (normal, rng.integers(0, 2, (6, 5, 4)), np.ones((6, 5, 4)), normal * 1e-4):
+        w = jnp.asarray(w, DTYPE).astype(dtype)
+        size = np.sqrt(np.sum(np.square(float64(w)), axis=axis, keepdims=True))
+        rank = np.argsort(np.argsort(-size, axis=None, kind="stable")).reshape(size.shape)
+        for k in (0, 1, 3, 0.5, 99):
+            count = k if isinstance(k, int) else round(k * size.size)
+            got = TopK(k, axis, "units")(w)
+            np.testing.assert_array_equal(got, np.where(rank < count, w, 0))
+            assert bits(TopK(k, axis, "units")(got)) == bits(got)
+
+
+def test_units_that_are_kept_are_kept_to_the_bit():
+    w = jnp.array([[1e-40, -0.0, 3e38, 1e-30, jnp.nan], [0.0, 0.0, 3e38, -0.0, 1.0]], jnp.float32)
+    got = TopK(2, 0, "units")(w)
+    assert bits(got[:, [2, 4]]) == bits(w[:, [2, 4]])
+    # What is dropped is zero, and a zero keeps its sign; the smallest number is none.
+    assert np.all(np.asarray(got[:, [0, 1, 3]]).view(np.uint32) << 1 == 0)
+    assert bits(TopK(5, 0, "units")(w)) == bits(w)
+    assert bits(TopK(4, 0, "units")(w)) == bits(w)
+
+
+def test_neurons_filters_and_heads():
+    params = {
+        "dense": {"kernel": jnp.asarray(RNG(0).normal(size=(4, 6)), DTYPE)},
+        "conv": {"kernel": jnp.asarray(RNG(1).normal(size=(3, 3, 2, 5)), DTYPE)},
+        "heads": jnp.asarray(RNG(2).normal(size=(4, 3, 2)), DTYPE),
+    }
+    rules = {
+        "kernel": TopK(2, "fan_in", "units"),
+        "heads": TopK("0.125 * size", axis=(0, 2), of="units"),
+    }
+    got = oc.constrain(params, rules)
+    assert np.count_nonzero(np.any(got["dense"]["kernel"] != 0, axis=0)) == 2
+    assert np.count_nonzero(np.any(got["conv"]["kernel"] != 0, axis=(0, 1, 2))) == 2
+    assert np.count_nonzero(np.any(got["heads"] != 0, axis=(0, 2))) == 3
+    assert str(oc.report(got, rules).rows[0].constraint) == "TopK(2 units)"
+    assert [row.at_bound for row in oc.report(got, rules).rows] == [1, 1, 1]
+    # A neuron and its bias.
+    layer = {"kernel": params["dense"]["kernel"], "bias": jnp.full(6, 0.1)}
+    together = oc.constrain(layer, {oc.joint("kernel", "bias"): TopK(2, 0, "units")})
+    kept = np.any(together["kernel"] != 0, axis=0)
+    assert np.array_equal(kept, together["bias"] != 0)
+    assert np.count_nonzero(kept) == 2
+
+
+def test_units_of_each_layer_of_a_stack():
+    w = jnp.asarray(RNG(0).normal(size=(3, 4, 6)) * [[[1.0]], [[9.0]], [[99.0]]], DTYPE)
+    layout = {"w": LeafLayout("Dense", (1,), (0,))}
+    want = jnp.stack([TopK(2, 0, "units")(layer) for layer in w])
+    by_layout = oc.constrain({"w": w}, {"w": TopK(2, "fan_in", "units")}, layout=layout)["w"]
+    for got in (oc.stacked(TopK(2, 0, "units"))(w), by_layout):
+        assert bits(got) == bits(want)
+    stacked = oc.constrain({"w": w}, {"w": oc.stacked(TopK(2, 0, "units"))})["w"]
+    assert bits(stacked) == bits(want)
+    # By itself it counts the units of all layers.
+    assert np.array_equal(np.any(TopK(2, 1, "units")(w) != 0, axis=(1, 2)), [False, False, True])
+
+
+def test_the_derivative_of_units_is_their_mask():
+    w, dw = (jnp.asarray(RNG(s).normal(size=(4, 6)), DTYPE) for s in range(2))
+    constraint = TopK(2, 0, "units")
+    w = w.at[0].set(0)  # an entry that is zero is free in a unit that is not
+    kept = np.any(constraint(w) != 0, axis=0)
+    want = jnp.where(kept, dw, 0)
+    assert bits(jax.jvp(constraint, (w,), (dw,))[1]) == bits(want)
+    assert bits(jax.vjp(constraint, w)[1](dw)[0]) == bits(want)
+    assert bits(jax.jvp(constraint, (jnp.zeros_like(w),), (dw,))[1]) == bits(dw)
+
+
+def test_top_k_of_units_needs_some():
+    with pytest.raises(ValueError, match=r"of='rows' is not allowed; write 'entries' for those"):
+        TopK(2, 0, "rows")
+    with pytest.raises(ValueError, match=r"TopK: axis=None makes the whole leaf one unit, of whi"):
+        TopK(2, of="units")
+    message = r"TopK on 'b' of shape \(3,\): axis=0 makes the whole leaf one unit, of which"
+    with pytest.raises(ValueError, match=message):
+        oc.project({"b": TopK(2, 0, "units")}).init({"b": jnp.ones(3)})
+    assert oc.deserialize(oc.serialize(TopK(2, 0, "units"))) == TopK(2, 0, "units")
 
 
 # NM.

@@ -475,6 +475,7 @@ _axis = st.one_of(
     st.integers(-3, 3), st.none(), st.just("fan_in"), st.lists(st.integers(-3, 3), unique=True)
 )
 _numbers = st.lists(_number, min_size=1, max_size=4)
+_init = st.just("init")
 _index = st.sampled_from(["0", "-1, ...", ":, 1:", "::2", "..., :3:-1"])
 
 
@@ -485,18 +486,43 @@ def _positive(strategy: st.SearchStrategy) -> st.SearchStrategy:
 _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "Box": st.builds(lambda a, b: oc.Box(min(a, b), max(a, b)), _number, _number)
     | st.builds(oc.Box, st.none(), _numbers),
+    "Affine": st.builds(
+        lambda row, b, axis: oc.Affine([row], b, axis), _numbers.filter(any), _number, _axis
+    ),
+    "BoxSection": st.builds(
+        lambda a, b, normal, axis, equality: oc.BoxSection(
+            min(a, b), max(a, b), normal, axis=axis, equality=equality
+        ),
+        _number,
+        _number,
+        st.none() | _numbers.filter(any),
+        _axis,
+        st.booleans(),
+    ),
     "CenterAround": st.builds(oc.CenterAround, _number, _axis),
     "DoublyStochastic": st.builds(oc.DoublyStochastic),
+    "FixedRMS": st.builds(oc.FixedRMS, _bound, _axis),
+    "FixedSpectralNorm": st.builds(oc.FixedSpectralNorm, _positive(_number), _axis),
     "FixedNorm": st.builds(oc.FixedNorm, _bound, _axis),
     "Grid": st.builds(oc.Grid, _numbers),
     "HalfSpace": st.builds(oc.HalfSpace, _numbers.filter(any), _number, _axis),
     "Hyperplane": st.builds(oc.Hyperplane, _numbers.filter(any), _number, _axis),
     "L1Ball": st.builds(oc.L1Ball, _positive(_number), _axis),
     "LowRank": st.builds(oc.LowRank, st.integers(0, 9), _axis),
-    "Mask": st.builds(oc.Mask, st.lists(st.booleans(), min_size=1, max_size=4)),
+    "Mask": st.builds(oc.Mask, st.lists(st.booleans(), min_size=1, max_size=4) | _init),
     "MaxNorm": st.builds(oc.MaxNorm, _bound, _axis),
+    "MaxOperatorNorm": st.builds(
+        oc.MaxOperatorNorm,
+        _positive(_number),
+        st.none() | st.integers(1, 3) | st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        st.sampled_from([None, "SAME", "CIRCULAR", 1, [[0, 1], [1, 2]]]),
+        st.none() | st.integers(1, 3),
+        st.none() | st.integers(1, 3),
+    ),
     "MaxRMS": st.builds(oc.MaxRMS, _bound, _axis),
-    "MaxSpectralNorm": st.builds(oc.MaxSpectralNorm, _positive(_number), _axis),
+    "MaxSpectralNorm": st.builds(
+        oc.MaxSpectralNorm, _positive(_number), _axis, st.sampled_from(["clip", "scale"])
+    ),
     "MinMaxNorm": st.builds(
         oc.MinMaxNorm, st.floats(0, 1), st.floats(1, 2) | st.just("init"), st.floats(0, 1), _axis
     ),
@@ -508,10 +534,23 @@ _leaves: dict[str, st.SearchStrategy[oc.Constraint]] = {
     "PositiveSemidefinite": st.builds(oc.PositiveSemidefinite, _number),
     "Radial": st.builds(oc.Radial),
     "Simplex": st.builds(oc.Simplex, _positive(_number), _axis),
+    "Sign": st.builds(oc.Sign, st.lists(st.integers(-1, 1), min_size=1, max_size=4) | _init),
     "SkewSymmetric": st.builds(oc.SkewSymmetric),
     "SumTo": st.builds(oc.SumTo, _number, _axis),
     "Symmetric": st.builds(oc.Symmetric),
-    "TopK": st.builds(oc.TopK, st.integers(0, 5) | st.floats(0.125, 1), _axis),
+    "ConvexSequence": st.builds(oc.ConvexSequence, _axis, st.none() | st.just([0.0, 1.0, 3.0])),
+    "ConcaveSequence": st.builds(oc.ConcaveSequence, _axis, st.none()),
+    "Polyhedron": st.builds(
+        lambda row, h, axis: oc.Polyhedron([row], h, axis), _numbers.filter(any), _number, _axis
+    ),
+    "Unimodal": st.builds(oc.Unimodal, _axis, st.none() | st.integers(0, 3)),
+    "Tied": st.builds(oc.Tied, st.lists(st.integers(-9, 9), min_size=1, max_size=4)),
+    "TopK": st.builds(oc.TopK, st.integers(0, 5) | st.floats(0.125, 1), _axis)
+    | st.builds(oc.TopK, st.integers(0, 5), st.integers(-3, 3), st.just("units")),
+    "Transport": st.builds(
+        lambda sums: oc.Transport(sums, sums[::-1]),
+        st.lists(st.floats(0, 9), min_size=1, max_size=4),
+    ),
     "UnitNorm": st.builds(oc.UnitNorm, _axis),
     "ZeroDiagonal": st.builds(oc.ZeroDiagonal),
 }
@@ -520,6 +559,7 @@ _constraints = st.recursive(
     lambda inner: st.one_of(
         st.builds(oc.Stacked, inner, st.integers(0, 2)),
         st.builds(oc.Soft, inner, st.floats(0, 1)),
+        st.builds(oc.Around, inner, _numbers | _init),
         st.builds(oc.Part, inner, _index),
         st.builds(lambda several: oc.Compose(*several), st.lists(inner, min_size=2, max_size=3)),
         st.builds(
@@ -530,7 +570,11 @@ _constraints = st.recursive(
     ),
     max_leaves=4,
 )
-_combinators = ("Stacked", "Soft", "Part", "Compose", "Intersection")
+_WITH_ARRAYS = (
+    *('"Affine"', '"Around"', '"Box', '"Mask"', '"Hyperplane"', '"HalfSpace"', '"Transport"'),
+    *('"Polyhedron"', '"ConvexSequence"'),
+)
+_combinators = ("Around", "Stacked", "Soft", "Part", "Compose", "Intersection")
 _drawn_rules = st.recursive(
     _constraints | st.none(),
     lambda inner: st.one_of(
@@ -577,7 +621,7 @@ def test_constraints_survive_json(constraint):
     again = oc.deserialize(json.loads(text))
     assert fields_of(again) == fields_of(constraint)
     assert json.dumps(oc.serialize(again)) == text
-    if not any(word in text for word in ('"Box"', '"Mask"', '"Hyperplane"', '"HalfSpace"')):
+    if not any(word in text for word in _WITH_ARRAYS):
         # Arrays may come back in another dtype.
         assert again == constraint
         assert hash(again) == hash(constraint)

@@ -11,14 +11,8 @@ from cases.simplex import NORMAL, onto_simplex
 
 import optax_constraints as oc
 from optax_constraints._axes import LeafLayout
-from optax_constraints.sets.simplex import (
-    CenterAround,
-    HalfSpace,
-    Hyperplane,
-    L1Ball,
-    Simplex,
-    SumTo,
-)
+from optax_constraints.sets.linear import CenterAround, HalfSpace, Hyperplane, SumTo
+from optax_constraints.sets.simplex import L1Ball, Simplex
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 EPS = float(jnp.finfo(DTYPE).eps)

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jax import lax
+
+from optax_constraints.sets.operator import Convolution
+
 # Parameters that are one vector of the whole layer, whatever its shape.
 _VECTORS = ("bias", "scale")
 
@@ -45,6 +49,39 @@ def own_fan_in(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]
     return None
 
 
+def own_convolution(layer: Any, name: str) -> Convolution | None:
+    """What a convolution of Flax does with its kernel; None for other parameters and layers.
+
+    Nor is it known with a mask, or with a function of the user's own in the place of JAX's.
+    """
+    kind = layer_type(layer)
+    if name != "kernel" or kind not in ("Conv", "ConvTranspose"):
+        return None
+    changed = ("mask", "conv_general_dilated", "conv_general_dilated_cls")
+    if any(getattr(layer, field, None) not in _USUAL for field in changed):
+        return None
+    window = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else layer.kernel_size
+
+    def sizes(given: Any) -> tuple[int, ...]:
+        given = 1 if given is None else given
+        return (given,) * len(window) if isinstance(given, int) else tuple(given)
+
+    padding = layer.padding
+    if not isinstance(padding, (str, int)):
+        padding = tuple(own if isinstance(own, int) else tuple(own) for own in padding)
+    strides, dilation = sizes(layer.strides), sizes(layer.kernel_dilation)
+    ones = (1,) * len(window)
+    if kind == "Conv":
+        groups, apart = layer.feature_group_count, sizes(layer.input_dilation)
+        return Convolution(strides, padding, dilation, groups, apart)
+    # It goes around a circle of whole strides, which has no frequencies but those of a line.
+    padding = "VALID" if padding == "CIRCULAR" else padding
+    # With its kernel transposed, it is the adjoint of a convolution with these strides.
+    of_kernel, of_image = (strides, ones) if layer.transpose_kernel else (ones, strides)
+    return Convolution(of_kernel, padding, dilation, 1, of_image)
+
+
+_USUAL = (None, lax.conv_general_dilated)
 _KNOWN = frozenset(
     {
         *("Dense", "DenseParams", "Linear", "DenseGeneral", "LinearGeneral", "Einsum"),

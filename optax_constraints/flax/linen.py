@@ -38,7 +38,7 @@ from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint
 from optax_constraints._text import shown
 from optax_constraints._trees import path_of
-from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._layers import layer_type, own_convolution, own_fan_in
 from optax_constraints.flax._signature import SUFFIX, signature
 from optax_constraints.flax._static import (
     layer_constraint,
@@ -46,6 +46,7 @@ from optax_constraints.flax._static import (
 )
 from optax_constraints.flax._train_state import TrainState as TrainState
 from optax_constraints.sets.combinators import Stacked
+from optax_constraints.sets.operator import Convolution
 
 # Layers.
 
@@ -247,8 +248,8 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LeafLayout]
 
     Returns:
         For the path of each leaf its layer's type, the axes of the leaf along which a unit's
-        incoming weights run (None in a layer that is not Flax's), and those along which layers
-        are stacked.
+        incoming weights run (None in a layer that is not Flax's), those along which layers are
+        stacked, and what a convolution does with its kernel.
 
     Raises:
         ValueError: If a parameter is not the one that its layer made, so that its axes cannot
@@ -299,6 +300,7 @@ class Parameter:
     axes: tuple[int | None, ...] = ()
     """For each axis of the leaf the axis that the layer sees, or None for a stack of layers."""
     shape: tuple[int, ...] = ()
+    convolution: Convolution | None = None
 
     def layout(self, path: str) -> LeafLayout:
         """The axes of the leaf."""
@@ -316,6 +318,7 @@ class Parameter:
             self.layer,
             None if fan_in is None else tuple(i for i, a in enumerate(self.axes) if a in fan_in),
             tuple(i for i, a in enumerate(self.axes) if a is None or a in self.own_stacked),
+            self.convolution,
         )
 
 
@@ -469,8 +472,12 @@ _numbers = itertools.count()
 def _own(module: nn.Module, name: str, value: Any, *, whole: bool) -> Parameter:
     """A parameter that a layer has just made; `whole` unless it is a part of one."""
     layer = layer_type(module) or type(module).__name__
-    fan_in = own_fan_in(module, name, value.shape) if whole else None
-    return Parameter(module.path, layer, _kind(module, name), value.shape, fan_in)
+    fan_in, convolution = None, None
+    if whole:
+        fan_in = own_fan_in(module, name, value.shape)
+        convolution = own_convolution(module, name)
+    kind = _kind(module, name)
+    return Parameter(module.path, layer, kind, value.shape, fan_in, convolution=convolution)
 
 
 def _nnx_parameters(module: bridge.ToLinen) -> dict[str, Parameter]:
@@ -495,6 +502,7 @@ def _nnx_parameters(module: bridge.ToLinen) -> dict[str, Parameter]:
             known.fan_in,
             known.stacked,
             leaf.constraint,
+            convolution=known.convolution,
         )
     return found
 

@@ -48,10 +48,11 @@ from optax_constraints._trees import leaves_by_path
 from optax_constraints._walk import parted
 from optax_constraints.flax import linen
 from optax_constraints.flax._bridge import Parts, check_known, linen_parts
-from optax_constraints.flax._layers import layer_type, own_fan_in
+from optax_constraints.flax._layers import layer_type, own_convolution, own_fan_in
 from optax_constraints.flax._signature import SUFFIX, OfInit, signature
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder, layer_constraint
 from optax_constraints.sets.combinators import Stacked
+from optax_constraints.sets.operator import Convolution
 
 Keys = tuple[Any, ...]
 Shape = tuple[int, ...]
@@ -232,6 +233,7 @@ class Leaf(NamedTuple):
     constraint: Constraint | None
     own_stacked: tuple[int, ...] = ()
     """Axes of an array of the shape `own` along which layers are stacked already."""
+    convolution: Convolution | None = None
 
     @property
     def pattern(self) -> str:
@@ -257,7 +259,7 @@ class Leaf(NamedTuple):
         stacked, fan_in = self.stacked(), self.own_fan_in
         if fan_in is not None:
             fan_in = insert_axes(fan_in, self.stackings[0] if self.stackings else ())
-        return LeafLayout(self.layer, fan_in, stacked)
+        return LeafLayout(self.layer, fan_in, stacked, self.convolution)
 
     def rule(self) -> Constraint:
         """The constraint of the leaf, for the array in which its layers are stacked."""
@@ -313,6 +315,7 @@ def leaves(model: Any, parts: Parts | None = None) -> list[Leaf]:
             if own_shape is not None and not stackings:
                 own, stackings = own_shape, _stackings(shape, own_shape)
         fan_ins = {own_fan_in(*h, own) for h in holders} if own is not None and stackings else set()
+        convolutions = {own_convolution(*h) for h in holders} if fan_ins else set()
         leaves.append(
             Leaf(
                 path,
@@ -324,6 +327,7 @@ def leaves(model: Any, parts: Parts | None = None) -> list[Leaf]:
                 stackings,
                 id(next((m for m in above if isinstance(m, _UNITS)), owner)),
                 constraint,
+                convolution=convolutions.pop() if len(convolutions) == 1 else None,
             )
         )
     return [leaf._replace(stackings=_narrow(leaf, leaves)) for leaf in leaves]
@@ -349,6 +353,7 @@ def _of_linen(
         id(own),
         around if constraint is None else constraint,
         known.stacked,
+        known.convolution,
     )
 
 
@@ -480,16 +485,18 @@ def layout(model: nnx.Module, *example_inputs: Any, **kwargs: Any) -> dict[str, 
 
     Returns:
         For the path of each `nnx.Param` the type of its layer (Flax's, where it is made from
-        one), the axes of a unit's incoming weights, None where nobody knows, and the axes along
-        which layers are stacked. Axes are those of the array as it is stored.
+        one), the axes of a unit's incoming weights, None where nobody knows, the axes along which
+        layers are stacked, and what a convolution does with its kernel. Axes are those of the array
+        as it is stored.
 
     Raises:
         ValueError: As for `declared`.
 
     Example:
         >>> from flax import nnx
-        >>> layout(nnx.Conv(2, 3, kernel_size=(5, 5), use_bias=False, rngs=nnx.Rngs(0)))
-        {'kernel': LeafLayout(layer='Conv', fan_in=(0, 1, 2), stacked=())}
+        >>> conv = nnx.Conv(2, 3, kernel_size=(5, 5), use_bias=False, rngs=nnx.Rngs(0))
+        >>> layout(conv)["kernel"][:3]
+        ('Conv', (0, 1, 2), ())
     """
     parts = linen_parts(model, example_inputs, kwargs)
     return {leaf.path: leaf.layout() for leaf in leaves(model, parts)}

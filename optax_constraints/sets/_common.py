@@ -119,6 +119,18 @@ def totals(terms: Terms, after: jax.Array | None = None) -> Parts:
     return tuple(total(*own) for own in terms)
 
 
+def each(function: Callable[..., jax.Array], *parts: Parts) -> Parts:
+    """A function of each of the arrays that belong together."""
+    return tuple(map(function, *parts))
+
+
+def in_compute_dtype(terms: Terms, after: jax.Array | None = None) -> Parts:
+    """What the terms sum to, in the dtype of their sums; `after` as for `totals`."""
+    parts = totals(terms, after)
+    dtype = _numerics.compute_dtype(*(part.dtype for part in parts))
+    return each(lambda x: x.astype(dtype), parts)
+
+
 class InParts(Constraint):
     """Base of the sets that can project a vector whose parts are arrays in several places."""
 
@@ -173,6 +185,11 @@ class InParts(Constraint):
         raise NotImplementedError
 
 
+def sum_rounding(x: jax.Array) -> float:
+    """The rounding of a sum, relative to the sum of the magnitudes."""
+    return 8 * _numerics.eps(x.dtype)
+
+
 def positive_part(a: jax.Array) -> jax.Array:
     """The nearest positive semidefinite matrices to symmetric ones; NaN where not finite."""
     finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
@@ -181,6 +198,11 @@ def positive_part(a: jax.Array) -> jax.Array:
     scaled = vectors * jnp.maximum(values, 0)[..., None, :]
     product = jnp.matmul(scaled, jnp.swapaxes(vectors, -1, -2), precision=jax.lax.Precision.HIGHEST)
     return jnp.where(finite, product, jnp.nan)
+
+
+def spectral_tolerance(a: jax.Array) -> float:
+    """The relative rounding of singular values and of entries of a Gram matrix."""
+    return (4 + max(a.shape[-2:]) ** 0.5 / 4) * _numerics.eps(a.dtype)
 
 
 class UnitSet(Constraint):
@@ -206,6 +228,28 @@ class UnitSet(Constraint):
         """The units of one array."""
         check_floating(type(self).__name__, w)
         return Units((self._axes(w),))
+
+
+class LineSet(UnitSet):
+    """Base of the sets in which the entries of a unit have an order: `axis` is one axis."""
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint with its `axis` as the axis of one leaf."""
+        settled = super().settle(path, shape, layout)
+        self._check(path, shape, cast(tuple[int, ...], cast(UnitSet, settled).axis))
+        return settled
+
+    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+        """The one axis, or the reason why there is none that fits."""
+        if len(axes) == 1:
+            return axes[0]
+        raise ValueError(
+            f"{type(self).__name__} on {describe(path, shape)}: axis={self.axis!r} is "
+            f"{len(axes)} axes here, and entries have an order along one axis only; "
+            "write that axis, such as axis=0."
+        )
 
 
 class MatrixSet(Constraint):

@@ -34,7 +34,7 @@ def _part(owner: str, given: Any) -> Constraint:
     return constraint
 
 
-class Around(Constraint):
+class Single(Constraint):
     """Base of what is made of one constraint, and is of its kind."""
 
     constraint: Any
@@ -72,10 +72,15 @@ class Around(Constraint):
         """Whether the constraint inside does."""
         return self.constraint.remembers
 
+    @property
+    def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does."""
+        return self.constraint.starts_anew
+
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stacked(Around):
+class Stacked(Single):
     """Each slice along `axis` lies in the set of another constraint, by itself.
 
     For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The
@@ -192,7 +197,7 @@ stacked = Stacked
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Soft(Around):
+class Soft(Single):
     """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
 
     What a hard projection does in one step, this does over about ``1 / rate`` of them: weights
@@ -292,7 +297,7 @@ soft = Soft
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part(Around):
+class Part(Single):
     """One part of an array lies in the set of another constraint, and the rest is free.
 
     For parameters that hold several things in one array: the gates of a recurrent kernel, a
@@ -499,6 +504,11 @@ class Several(Constraint):
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether one of the constraints does."""
         return any(c.remembers for c in self.constraints)
+
+    @property
+    def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all of the constraints that remember do."""
+        return all(c.starts_anew or not c.remembers for c in self.constraints)
 
     @property
     def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -17,12 +16,12 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
-from optax_constraints._numbers import check_number, is_schedule, number, unread, value
+from optax_constraints._numbers import check_number, is_schedule, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 
 
-class _Elementwise(Constraint):
+class Elementwise(Constraint):
     """What the sets of this family share."""
 
     elementwise = True
@@ -45,7 +44,7 @@ class _Elementwise(Constraint):
         raise NotImplementedError
 
 
-def _array(owner: str, name: str, given: Any) -> np.ndarray | jax.Array:
+def as_array(owner: str, name: str, given: Any) -> np.ndarray | jax.Array:
     """A hyperparameter that is an array, from a list or an array of numbers."""
     try:
         array = given if isinstance(given, jax.Array) else np.asarray(given)
@@ -64,13 +63,13 @@ def _check_bound(owner: str, constraint: Constraint, name: str) -> None:
     if not isinstance(given, (list, tuple)) and np.ndim(given) == 0:
         check_number(owner, name, given)
         return
-    array = _array(owner, name, given)
-    if _is_concrete(array) and np.any(np.isnan(np.asarray(array, np.float64))):
+    array = as_array(owner, name, given)
+    if is_concrete(array) and np.any(np.isnan(np.asarray(array, np.float64))):
         raise ValueError(f"{owner}: {name}={shown(given)} has a NaN; write numbers.")
     object.__setattr__(constraint, name, array)
 
 
-def _check_broadcasts(
+def check_broadcasts(
     owner: str, name: str, array: Any, path: str | None, shape: tuple[int, ...]
 ) -> None:
     """Raises if an array does not broadcast to a leaf."""
@@ -86,7 +85,7 @@ def _check_broadcasts(
         )
 
 
-def _beside(array: jax.Array, w: jax.Array) -> jax.Array:
+def beside(array: jax.Array, w: jax.Array) -> jax.Array:
     """An array that broadcasts to the weights, with as many axes."""
     return array.reshape((1,) * (w.ndim - array.ndim) + array.shape)
 
@@ -119,12 +118,12 @@ def _clip_jvp(signed: bool, primals: Any, tangents: Any) -> Any:
 
 
 # Compiled by itself, for calls outside jit.
-_clipped = jax.jit(_clip, static_argnums=3, inline=True)
+clipped = jax.jit(_clip, static_argnums=3, inline=True)
 
 
 @builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False)
-class NonNeg(_Elementwise):
+class NonNeg(Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
 
     Convex. The projection ``max(w, 0)`` is exact in every dtype, and NaN stays NaN. One
@@ -144,11 +143,11 @@ class NonNeg(_Elementwise):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape."""
         w = jnp.asarray(w)
-        return _clipped(w, jnp.zeros((), w.dtype), None)
+        return clipped(w, jnp.zeros((), w.dtype), None)
 
     def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """What an update leads to."""
-        return _clipped(w, jnp.zeros((), w.dtype), None, False), memory
+        return clipped(w, jnp.zeros((), w.dtype), None, False), memory
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         return jnp.zeros((), w.dtype), None
@@ -163,7 +162,7 @@ non_neg = NonNeg
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Box(_Elementwise):
+class Box(Elementwise):
     """Each weight lies in an interval: ``{w : lower <= w <= upper}``.
 
     Convex. The projection ``clip(w, lower, upper)`` is exact in every dtype, to the bounds as
@@ -216,14 +215,14 @@ class Box(_Elementwise):
         """Whether the bounds are zeros and infinities, which say the signs."""
         bounds = [b for b in (self.lower, self.upper) if b is not None]
         return all(
-            _is_concrete(b) and np.all((np.asarray(b) == 0) | np.isinf(np.asarray(b)))
+            is_concrete(b) and np.all((np.asarray(b) == 0) | np.isinf(np.asarray(b)))
             for b in bounds
         )
 
     def _check_order(self, where: str) -> None:
         if (
-            _is_concrete(self.lower)
-            and _is_concrete(self.upper)
+            is_concrete(self.lower)
+            and is_concrete(self.upper)
             and np.any(np.asarray(self.lower) > np.asarray(self.upper))
         ):
             raise ValueError(
@@ -234,17 +233,17 @@ class Box(_Elementwise):
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one array of any shape to which the bounds broadcast."""
         w = jnp.asarray(w)
-        return _clipped(w, *self._bounds(w))
+        return clipped(w, *self._bounds(w))
 
     def aim(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         """What an update leads to."""
-        return _clipped(w, *self._bounds(w), False), memory
+        return clipped(w, *self._bounds(w), False), memory
 
     def _bounds(self, w: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The bounds in the dtype and with the number of axes of the weights."""
         self._check_bounds(None, w.shape)
         lower, upper = (
-            None if bound is None else _beside(value(bound, w.dtype), w)
+            None if bound is None else beside(value(bound, w.dtype), w)
             for bound in (self.lower, self.upper)
         )
         return lower, upper
@@ -260,7 +259,7 @@ class Box(_Elementwise):
     def _check_bounds(self, path: str | None, shape: tuple[int, ...]) -> None:
         for name in ("lower", "upper"):
             if not isinstance(bound := getattr(self, name), (str, Arg)):
-                _check_broadcasts("Box", name, bound, path, shape)
+                check_broadcasts("Box", name, bound, path, shape)
         self._check_order(f"Box on {describe(path, shape)}" if path else "Box")
 
     def on_bound(self, w: jax.Array) -> jax.Array:
@@ -273,7 +272,7 @@ class Box(_Elementwise):
 box = Box
 
 
-def _is_concrete(bound: Any) -> bool:
+def is_concrete(bound: Any) -> bool:
     """Whether this process can read the numbers of a bound."""
     if bound is None or callable(bound) or isinstance(bound, (Tracer, str, Arg)):
         return False
@@ -282,148 +281,7 @@ def _is_concrete(bound: Any) -> bool:
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mask(_Elementwise):
-    """Weights are zero where the mask is: ``{w : w = 0 where mask = 0}``.
-
-    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency.
-    A linear subspace, so convex; exact in every dtype, and NaN stays NaN. One pass over the
-    weights, which fuses with the optimizer's own.
-
-    Args:
-        mask: An array that broadcasts to the weights, of bools or of numbers of which those
-            that are not zero are free; or a function from the shape of the weights to one,
-            such as ``lambda shape: np.tri(*shape)``. A function has no JSON form. Or `arg`.
-
-    Raises:
-        TypeError: If `mask` is neither.
-        ValueError: At bind, if the mask does not broadcast.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import numpy as np
-        >>> import optax_constraints as oc
-        >>> oc.mask(lambda shape: np.tri(*shape))(jnp.ones((2, 2)))
-        Array([[1., 0.],
-               [1., 1.]], dtype=float32)
-    """
-
-    mask: jax.typing.ArrayLike | list | Callable[[tuple[int, ...]], jax.typing.ArrayLike]
-
-    smooth = True
-    sign_preserving = True
-
-    def __post_init__(self):
-        if not callable(self.mask) and not isinstance(self.mask, Arg):
-            object.__setattr__(self, "mask", _array("Mask", "mask", self.mask))
-        own_arrays(self)
-
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one array of any shape to which the mask broadcasts."""
-        w = jnp.asarray(w)
-        return _zero_where(_beside(~self._free("", w.shape), w), w)
-
-    def _free(self, path: str, shape: tuple[int, ...]) -> jax.Array:
-        mask: Any = self.mask(shape) if callable(self.mask) else self.mask
-        if isinstance(mask, Arg):
-            raise unread(mask)
-        _check_broadcasts("Mask", "mask", mask, path, shape)
-        return jnp.asarray(mask).astype(bool)
-
-    def settle(
-        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
-    ) -> Constraint:
-        """This constraint, if its mask broadcasts to the leaf."""
-        del layout
-        if not isinstance(self.mask, Arg):
-            self._free(path, shape)
-        return self
-
-    def get_config(self) -> dict[str, Any]:
-        """The mask as nested lists."""
-        if callable(self.mask):
-            raise TypeError(
-                f"Mask.mask={shown(self.mask)} is a function, which has no JSON form; write the "
-                "array that it returns."
-            )
-        return super().get_config()
-
-    def __str__(self) -> str:
-        """How the report shows it: arrays by their shape."""
-        if callable(self.mask):
-            return f"Mask({getattr(self.mask, '__name__', 'function')})"
-        if isinstance(self.mask, Arg):
-            return f"Mask({self.mask!r})"
-        return f"Mask({'x'.join(map(str, np.shape(cast(Any, self.mask))))})"
-
-    def on_bound(self, w: jax.Array) -> jax.Array:
-        """The entries that the mask holds at zero."""
-        return jnp.broadcast_to(_beside(~self._free("", w.shape), w), w.shape)
-
-
-mask = Mask
-
-
-def _zero_where(zero: jax.Array, w: jax.Array) -> jax.Array:
-    """Zeros, except that a NaN stays, and so does a zero of either sign: but its derivative."""
-    kept = jnp.where(jnp.abs(w) > 0, jnp.zeros((), w.dtype), lax.stop_gradient(w))
-    return automatic(lambda w, zero, kept: jnp.where(zero, kept, w), w, zero, kept)
-
-
-@builtin
-@dataclasses.dataclass(frozen=True, eq=False)
-class ZeroDiagonal(_Elementwise):
-    """Square matrices with a zero diagonal: ``{w : w[..., i, i] = 0}``.
-
-    The last two axes are the matrix, those before them number matrices. A linear subspace, so
-    convex; exact in every dtype. One pass over the weights, which fuses with the optimizer's
-    own.
-
-    Item-to-item recommenders use it, so that no item predicts itself: H. Steck,
-    "Embarrassingly shallow autoencoders for sparse data", WWW 2019.
-
-    Raises:
-        ValueError: At bind, if the last two axes of the leaf are not a square.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_constraints as oc
-        >>> oc.zero_diagonal()(jnp.ones((2, 2)))
-        Array([[0., 1.],
-               [1., 0.]], dtype=float32)
-    """
-
-    smooth = True
-    sign_preserving = True
-
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one square matrix, or each of an array of them."""
-        w = jnp.asarray(w)
-        self.settle("", w.shape)
-        return _zero_where(_beside(jnp.eye(w.shape[-1], dtype=bool), w), w)
-
-    def settle(
-        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
-    ) -> Constraint:
-        """This constraint, if the leaf holds square matrices."""
-        del layout
-        if len(shape) < 2 or shape[-1] != shape[-2]:
-            raise ValueError(
-                f"ZeroDiagonal on {describe(path, shape)}: the last two axes are not a square "
-                "matrix; leave this leaf free, or write Mask with an array."
-            )
-        return self
-
-    def on_bound(self, w: jax.Array) -> jax.Array:
-        """The diagonal."""
-        return jnp.broadcast_to(jnp.eye(w.shape[-1], dtype=bool), w.shape)
-
-
-zero_diagonal = ZeroDiagonal
-
-
-@builtin
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grid(_Elementwise):
+class Grid(Elementwise):
     """Each weight is one of the values: ``{w : w in values}``.
 
     Binary, ternary and fixed-point networks. Not convex. The projection takes the nearest
@@ -472,7 +330,7 @@ class Grid(_Elementwise):
         return len(self.values) > 1
 
     def __post_init__(self):
-        array = _array("Grid", "values", self.values)
+        array = as_array("Grid", "values", self.values)
         if isinstance(array, Tracer):
             raise TypeError("Grid: values are traced; write concrete numbers.")
         array = np.asarray(array, np.float64)
@@ -606,7 +464,7 @@ class Scale(Constraint):
                     "number for each of them, or an array of as many axes as the weights."
                 )
             own = tuple(filled[units.index(a)] if a in units else 1 for a in range(len(shape)))
-        _check_broadcasts("Scale", "factor", np.empty(own, bool), path, shape)
+        check_broadcasts("Scale", "factor", np.empty(own, bool), path, shape)
         return (1,) * (len(shape) - len(own)) + own
 
 

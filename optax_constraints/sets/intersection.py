@@ -143,13 +143,13 @@ def _nearest_of_cones(
     def onto(constraint: Constraint, own: Any) -> Callable[[jax.Array], jax.Array]:
         return lambda v: tangent_at(constraint, w, v, own, slack)
 
-    return _dykstra(intersection, memory, v, onto=onto)
+    return dykstra(intersection, memory, v, onto=onto)
 
 
 # Compiled by itself, so that calls outside jit find the program they made before.
 @jax.jit
 def _nearest_of_all(intersection: Intersection, memory: Any, w: jax.Array) -> jax.Array:
-    x = _dykstra(intersection, memory, jax.lax.stop_gradient(w))
+    x = dykstra(intersection, memory, jax.lax.stop_gradient(w))
     if intersection.smooth:
         return _on_flats(intersection, memory, w, x)
     # Allowed points, and what counts as allowed: there the rounds have nothing to do.
@@ -170,7 +170,7 @@ def _by_rounds(intersection: Intersection, memory: Any, w: jax.Array, x: jax.Arr
 
 @_by_rounds.defjvp
 def _by_rounds_jvp(primals: Any, tangents: Any) -> Any:
-    all_rounds = functools.partial(_dykstra, all_rounds=True)
+    all_rounds = functools.partial(dykstra, all_rounds=True)
     return _by_rounds(*primals), jax.jvp(all_rounds, primals[:3], tangents[:3])[1]
 
 
@@ -198,7 +198,7 @@ def _advance(constraint: Constraint, own: Any) -> Callable[[jax.Array], jax.Arra
     return lambda w: constraint.advance(w, own)[0]
 
 
-def _dykstra(
+def dykstra(
     intersection: Intersection,
     memory: Any,
     w: jax.Array,

@@ -595,6 +595,39 @@ class FixedNorm(_NormSet):
 fixed_norm = FixedNorm
 
 
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FixedRMS(FixedNorm):
+    """The root mean square of each unit is `value`, or what it was: ``{w : rms(unit) = value}``.
+
+    Not convex. A sphere as for `FixedNorm`, whose radius grows with the size of a unit, so that
+    one value serves layers of all widths. The projection is the nearest point; a unit of zeros
+    has no direction and stays zero. One pass to take the norms and one to scale.
+
+    Args:
+        value: The root mean square: a number of at least 0, a JAX scalar, a schedule, or
+            `"init"`, or a multiple of it, such as `"2x init"`.
+        axis: The axes along which one unit runs, as for `MaxNorm`; by default all of them.
+        axis_name: As for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `value` is negative or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.fixed_rms(1.0)(jnp.array([3.0, 4.0, 0.0, 0.0]))
+        Array([1.2, 1.6, 0. , 0. ], dtype=float32)
+    """
+
+    def _one(self, size: int) -> float:
+        return math.sqrt(max(size, 1))
+
+
+fixed_rms = FixedRMS
+
+
 def _square_limit(size: int) -> Callable[[Any], float]:
     """For a dtype, a power of two of which twice can be squared and summed `size` times."""
     return lambda dtype: 2.0 ** ((int(jnp.finfo(dtype).maxexp) - size.bit_length() - 3) // 2)

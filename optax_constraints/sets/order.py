@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
 from optax_constraints._args import Arg
-from optax_constraints._axes import Axis, LeafLayout
+from optax_constraints._axes import Axis, LeafLayout, remove_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
@@ -24,6 +24,7 @@ from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import (
     InParts,
+    LineSet,
     Parts,
     Terms,
     Units,
@@ -31,33 +32,14 @@ from optax_constraints.sets._common import (
     check_floating,
     totals,
 )
-
-
-class _LineSet(UnitSet):
-    """Base of the sets in which the entries of a unit have an order: `axis` is one axis."""
-
-    def settle(
-        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
-    ) -> Constraint:
-        """This constraint with its `axis` as the axis of one leaf."""
-        settled = super().settle(path, shape, layout)
-        self._check(path, shape, cast(tuple[int, ...], cast(UnitSet, settled).axis))
-        return settled
-
-    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-        """The one axis, or the reason why there is none that fits."""
-        if len(axes) == 1:
-            return axes[0]
-        raise ValueError(
-            f"{type(self).__name__} on {describe(path, shape)}: axis={self.axis!r} is "
-            f"{len(axes)} axes here, and entries have an order along one axis only; "
-            "write that axis, such as axis=0."
-        )
+from optax_constraints.sets.combinators import Stacked
+from optax_constraints.sets.intersection import Intersection
+from optax_constraints.sets.lattice import ROUNDS, along_lattice, onto_lattice
 
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class Monotone(_LineSet):
+class Monotone(UnitSet):
     """The entries of each unit are sorted: ``{w : unit[0] <= unit[1] <= ...}``.
 
     Convex; the projection is isotonic regression, exact up to rounding, and what it returns is
@@ -70,25 +52,38 @@ class Monotone(_LineSet):
 
     Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
     from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
-    Each level compiles its own program, so the first call on long units takes seconds.
 
     The pooling of neighbours that are out of order is that of M. Ayer et al., "An empirical
     distribution function for sampling with incomplete information", Annals of Mathematical
     Statistics 26, 1955.
 
+    With several axes a unit is a lattice, in which entries are sorted along each of them: the
+    intersection of the sets for one axis, and isotonic regression for a partial order. Dykstra's
+    method with momentum projects along one axis after the other, as in `Intersection`, until
+    nothing changes any more, or 1,000 times. Lattices as near to the set as in training take a
+    few rounds to come to the nearest point up to rounding (1e-6 of the largest entry); 40 x 30
+    entries of pure noise take some hundreds. What is returned is sorted to the bit also if the
+    rounds have not been enough. Calibrated lattices are those of M. Gupta et al., "Monotonic
+    calibrated interpolated look-up tables", JMLR 17, 2016. The derivative takes entries that are
+    equal within 64 machine epsilons of the largest for one pool.
+
     Args:
-        axis: The one axis along which entries are sorted, or `"fan_in"` where that is one.
+        axis: The axis along which entries are sorted, or `"fan_in"`; several axes, or None, for
+            lattices.
         increasing: Whether they increase; False for decreasing entries.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an axis is repeated; on a leaf, if `axis` is not one axis of it.
+        ValueError: If an axis is repeated; on a leaf, if it has no such axis.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> oc.monotone()(jnp.array([1.0, 3.0, 2.0, 4.0]))
         Array([1. , 2.5, 2.5, 4. ], dtype=float32)
+        >>> oc.monotone(axis=(0, 1))(jnp.array([[0.0, 3.0], [1.0, 2.0]]))
+        Array([[0. , 2.5],
+               [1. , 2.5]], dtype=float32)
     """
 
     axis: Axis = 0
@@ -107,39 +102,49 @@ class Monotone(_LineSet):
         """Projects one floating-point array; computes in float32 or wider."""
         w = jnp.asarray(w)
         wide, axes = self._widen(w)
-        axis = self._check(None, w.shape, axes)
         if not w.size:
             return w
         sign = 1 if self.increasing else -1
-        target = automatic(lambda w: _sorted(w, axis), sign * wide)
+        if len(axes) == 1:
+            target = automatic(lambda w: isotonic(w, axes[0]), sign * wide)
+        else:
+            target = automatic(lambda w: onto_lattice(_lines(len(axes)), w, axes), sign * wide)
         return (sign * target).astype(w.dtype)
 
     def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
         """The vector, sorted where neighbours are equal, by pooling within them."""
         del memory
-        axis = self._check(None, w.shape, self._widen(w)[1])
-        if w.shape[axis] < 2 or not w.size:
+        axes = self._axes(w)
+        many = len(axes) > 1
+        if not w.size:
             return v
         sign = 1 if self.increasing else -1
-        rounding = 4 * _numerics.eps(w.dtype)
+        rounding = (64 if many else 4) * _numerics.eps(w.dtype)
 
         def along(w: jax.Array, v: jax.Array, slack: jax.Array) -> jax.Array:
-            largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+            largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+            if many:
+                slack = rounding * largest + slack
+                return along_lattice(_lines(len(axes)), w, v, slack, axes)
+            axis = axes[0]
             apart = jnp.diff(w, axis=axis) > rounding * largest + slack
             runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
             runs = jnp.concatenate(
-                [jnp.zeros_like(lax.slice_in_dim(runs, 0, 1, axis=axis)), runs], axis=axis
+                [jnp.zeros_like(lax.slice_in_dim(w, 0, 1, axis=axis), jnp.int32), runs], axis=axis
             )
-            return _sorted(v, axis, runs)
+            return isotonic(v, axis, runs)
 
         return sign * automatic(along, sign * w.astype(v.dtype), sign * v, slack)
 
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal neighbours."""
-        axis = self._check(None, w.shape, self._widen(w)[1])
+        axes = self._widen(w)[1]
 
         def tied(w: jax.Array) -> jax.Array:
-            return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+            any_ = functools.partial(jnp.any, axis=axes, keepdims=True)
+            return functools.reduce(
+                jnp.logical_or, (any_(jnp.diff(w, axis=axis) == 0) for axis in axes)
+            )
 
         return automatic(tied, w, spec=PartitionSpec())
 
@@ -147,9 +152,14 @@ class Monotone(_LineSet):
 monotone = Monotone
 
 
+def _lines(rank: int) -> Intersection:
+    """What is sorted along each axis of a lattice."""
+    return Intersection(*map(Monotone, range(rank)), iterations=ROUNDS)
+
+
 # Compiled by itself, so that calls outside jit find the program they made before.
 @functools.partial(jax.jit, static_argnums=1)
-def _sorted(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
+def isotonic(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
     """The nearest array that increases along `axis`; with `runs`, within each of them.
 
     Those are numbers that increase along `axis`, and are the same in each run.
@@ -157,101 +167,166 @@ def _sorted(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array
     moved = jnp.moveaxis(w, axis, 0)
     n = len(moved)
     x = moved.reshape(n, -1)
+    finite = jnp.sum(0 * lax.stop_gradient(x), axis=0, keepdims=True) == 0
+    # Infinity at the end is in order whatever comes before.
+    size = min(8, 1 << (n - 1).bit_length())
+    x = _fill(jnp.where(finite, x, 0), size, jnp.inf)
     if runs is not None:
-        runs = jnp.moveaxis(runs, axis, 0).reshape(n, -1)
-    # The pool of a block with a NaN is NaN, too, so that a NaN takes over its unit.
-    x = jnp.where(jnp.isfinite(x), x, jnp.nan)
+        runs = _fill(jnp.moveaxis(runs, axis, 0).reshape(n, -1), size, -1)
     half = 1
-    while half < n:
-        blocks = -(-n // (2 * half))
-        # Infinity at the end is in order whatever comes before; a lone block needs no filling.
-        fill = 2 * half * blocks - n if blocks > 1 else 0
-        x = jnp.pad(x[:n], ((0, fill), (0, 0)), constant_values=jnp.inf)
-        own = None
-        if runs is not None:
-            runs = jnp.pad(runs[:n], ((0, fill), (0, 0)), constant_values=n)
-            own = runs.reshape(blocks, -1, x.shape[1])
-        x = _merge(x.reshape(blocks, -1, x.shape[1]), half, own).reshape(n + fill, -1)
+    while half < size:
+        x = _merge_few(x, runs, half)
         half *= 2
-    return jnp.moveaxis(x[:n].reshape(moved.shape), 0, axis)
+    if n > size:
+        x = _merge_many(x, runs)
+    sorted_ = jnp.where(finite, x[:n], jnp.nan)
+    return jnp.moveaxis(sorted_.reshape(moved.shape), 0, axis)
 
 
-def _merge(x: jax.Array, half: int, runs: jax.Array | None = None) -> jax.Array:
-    """Sorts blocks (blocks, entries, units) whose first `half` and whose rest are sorted."""
+def _fill(x: jax.Array, size: int, value: Any) -> jax.Array:
+    """Adds rows of a value, up to a multiple of a size."""
+    return jnp.pad(x, ((0, -len(x) % size), (0, 0)), constant_values=value)
+
+
+@jax.custom_jvp
+def _instead(value: jax.Array, same: jax.Array) -> jax.Array:
+    """The value, with the derivative of what is the same but for rounding."""
+    del same
+    return value
+
+
+@_instead.defjvp
+def _instead_jvp(primals, tangents):
+    return _instead(*primals), tangents[1]
+
+
+def _merge_few(x: jax.Array, runs: jax.Array | None, half: int) -> jax.Array:
+    """Sorts blocks of entries whose first `half` and whose rest are sorted."""
+    rows = x.reshape(-1, 2 * half, x.shape[1])
+    first, last = rows[:, half : half + 1], rows[:, half - 1 : half]
+    left = lax.broadcasted_iota(jnp.int32, (1, 2 * half, 1), 1) < half
     if runs is None:
-        pool = _pool(x, half)
-        return jnp.where(_pooled(x, pool, half), pool, x)
-    # Only the run in the middle can be out of order: what is not of it is in order anyway.
-    before, after = runs[:, half - 1 : half], runs[:, half : half + 1]
-    beyond = jnp.where(_is_left(x, half), -jnp.inf, jnp.inf)
-    own = jnp.where(before == after, jnp.where(runs == before, x, beyond), 0)
-    pool = _pool(own, half, True)
-    return jnp.where(_pooled(own, pool, half), pool, x)
-
-
-def _is_left(x: jax.Array, half: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (1, x.shape[1], 1), 1) < half
-
-
-def _pooled(x: jax.Array, pool: jax.Array, half: int) -> jax.Array:
-    """The entries that are out of order with the value of their pool; all, if that is NaN."""
-    inside = jnp.where(_is_left(x, half), x > pool, x < pool)
+        own = last > first
+        pool = _pool_of_few(lax.stop_gradient(rows), half)
+    else:
+        # Only the run in the middle can be out of order: what is not of it is in order anyway.
+        runs = runs.reshape(rows.shape)
+        own = (runs == runs[:, half : half + 1]) & (runs == runs[:, half - 1 : half])
+        pool = _pool_of_few(lax.stop_gradient(rows), half, own)
+        own &= last > first
+    pooled = jnp.where(left, rows > pool, rows < pool) & own
+    total = jnp.sum(jnp.where(pooled, rows, 0), axis=1, keepdims=True)
+    count = jnp.sum(pooled, axis=1, keepdims=True, dtype=x.dtype)
+    pool = _instead(pool, total / jnp.maximum(count, 1))
     # The rest keeps blocks in order to the bit, also where a division is off by an ulp.
-    return (inside & (x[:, half - 1 : half] > x[:, half : half + 1])) | jnp.isnan(pool)
+    return jnp.where(pooled, pool, rows).reshape(x.shape)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _pool(x: jax.Array, half: int, infinite: bool = False) -> jax.Array:
-    """The value of the pool between the halves of each block; any, if they are in order.
-
-    The ends of blocks may be `infinite`: then no sums over them are taken.
-    """
-    return _pool_of_few(x, half) if half <= 4 and not infinite else _pool_of_many(x, half)
-
-
-@_pool.defjvp
-def _pool_jvp(half, infinite, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    pool = _pool(x, half, infinite)
-    pooled = _pooled(x, pool, half)
-    total = jnp.sum(jnp.where(pooled, dx, 0), axis=1, keepdims=True)
-    return pool, total / jnp.maximum(jnp.sum(pooled, axis=1, keepdims=True), 1).astype(dx.dtype)
-
-
-def _pool_of_few(x: jax.Array, half: int) -> jax.Array:
+def _pool_of_few(x: jax.Array, half: int, own: jax.Array | None = None) -> jax.Array:
     """The largest, over the ends of the left, of the least mean up to an end of the right."""
-    entries = [x[:, i : i + 1] for i in range(x.shape[1])]
-    left = list(itertools.accumulate(entries[half - 1 :: -1], operator.add))
-    right = list(itertools.accumulate(entries[half:], operator.add))
-    return functools.reduce(
-        jnp.maximum,
-        (
-            functools.reduce(jnp.minimum, ((a + b) / (i + j) for j, b in enumerate(right, 1)))
-            for i, a in enumerate(left, 1)
-        ),
-    )
+    if own is not None:
+        x = jnp.where(own, x, 0)
+
+    def ends(order: range) -> list[tuple[jax.Array, int]]:
+        entries = (x[:, i : i + 1] for i in order)
+        return list(zip(itertools.accumulate(entries, operator.add), order, strict=True))
+
+    def within(value: jax.Array, i: int, beyond: float) -> jax.Array:
+        return value if own is None else jnp.where(own[:, i : i + 1], value, beyond)
+
+    def least(a: jax.Array, i: int) -> jax.Array:
+        means = (within((a + b) / (j - i + 1), j, jnp.inf) for b, j in ends(range(half, 2 * half)))
+        return within(functools.reduce(jnp.minimum, means), i, -jnp.inf)
+
+    lefts = ends(range(half - 1, -1, -1))
+    return functools.reduce(jnp.maximum, (least(a, i) for a, i in lefts))
 
 
-def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
-    """The root of the sum of excesses over it, by Newton's method: means of pools.
+def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
+    """Sorts entries, eights of which are sorted, by merging blocks pair by pair.
+
+    One program for all levels: what depends on the size of blocks are indices, and the two small
+    matrices that add up the sums over eights, which stand in a square of `outer` by `inner`.
+    """
+    n, units = x.shape
+    bits = (n // 8 - 1).bit_length()
+    inner_bits = bits // 2
+    inner = 1 << inner_bits
+    outer = -(-n // (8 * inner))
+    eights = outer * inner
+    x = _fill(x, 8 * inner, jnp.inf).reshape(eights, 8, units)
+    if runs is not None:
+        runs = _fill(runs, 8 * inner, -1).reshape(x.shape)
+    index = jnp.arange(eights, dtype=jnp.int32)
+
+    def merged(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
+        start = (index >> (level + 1)) << (level + 1)
+        middle = start + (1 << level)
+        left = (index < middle)[:, None, None]
+
+        def same(size: int, level: jax.Array, copies: int) -> jax.Array:
+            block = jnp.arange(size, dtype=jnp.int32) >> level
+            matrix = (block[:, None] == block).astype(x.dtype)
+            return jnp.broadcast_to(matrix, (copies, size, size))
+
+        within = same(inner, jnp.minimum(level + 1, inner_bits), 2 * outer)
+        across = same(outer, jnp.maximum(level + 1 - inner_bits, 0), 2)
+
+        def mean(parts: jax.Array, counted: jax.Array) -> jax.Array:
+            """The mean over each block of what is counted."""
+            # Not `jnp.sum`, for which the CPU would write down the parts once more.
+            sums = [sum(a[:, i] for i in range(8)) for a in (parts, counted.astype(x.dtype))]
+            both = jnp.stack(sums).reshape(2 * outer, inner, units)
+            both = jnp.matmul(within, both, precision=_EXACT)
+            both = jnp.matmul(across, both.reshape(2, outer, -1), precision=_EXACT)
+            total, count = both.reshape(2, eights, units)
+            return total / jnp.maximum(count, 1)
+
+        before, after = jnp.minimum(middle, eights) - 1, jnp.minimum(middle, eights - 1)
+        first, last = x[after, 0], x[before, 7]
+        own = ((last > first) & (middle < eights)[:, None])[:, None]
+        if runs is not None:
+            # Only the run in the middle can be out of order: what is not of it is in order anyway.
+            run = jnp.where(runs[before, 7] == runs[after, 0], runs[after, 0], -2)
+            own = own & (runs == run[:, None])
+
+        def step(pool: jax.Array) -> jax.Array:
+            excess = lax.stop_gradient(x) - pool[:, None]
+            excess = jnp.where(left, jnp.maximum(excess, 0), jnp.minimum(excess, 0))
+            excess = jnp.where(own, excess, 0)
+            return mean(excess, excess != 0)
+
+        pool = _root(step, *lax.stop_gradient((first, last)), math.sqrt(4 * eights))
+        # Products may round differently from row to row.
+        pool = pool[start]
+        pooled = jnp.where(left, x > pool[:, None], x < pool[:, None]) & own
+        pool = _instead(pool, mean(jnp.where(pooled, x, 0), pooled))
+        return jnp.where(pooled, pool[:, None], x), None
+
+    levels = jnp.arange(bits, dtype=jnp.int32)
+    return lax.scan(merged, x, levels)[0].reshape(-1, units)[:n]
+
+
+_EXACT = lax.Precision.HIGHEST
+
+
+def _root(
+    step: Callable[[jax.Array], jax.Array], first: jax.Array, last: jax.Array, roundings: float
+) -> jax.Array:
+    """Where the steps of Newton's method for the sum of excesses end: means of pools.
 
     It needs no brackets. Between two values no more entries are pooled than at the two
     together, so a step that passes the root is followed by one back that is not longer.
     """
-    first, last = x[:, half : half + 1], x[:, half - 1 : half]
     scale = jnp.maximum(jnp.abs(first), jnp.abs(last))
-    rounding = max(4, math.sqrt(half)) * _numerics.eps(x.dtype) * scale
-    left = _is_left(x, half)
+    rounding = max(4, roundings) * _numerics.eps(first.dtype) * scale
 
     def improve(state):
         i, pool, active = state
-        excess = x - pool
-        excess = jnp.where(left, jnp.maximum(excess, 0), jnp.minimum(excess, 0))
-        count = jnp.sum(excess != 0, axis=1, keepdims=True).astype(x.dtype)
-        step = jnp.sum(excess, axis=1, keepdims=True) / jnp.maximum(count, 1)
+        further = step(pool)
         # What has converged stays, so that no unit depends on how long another takes.
-        pool = jnp.where(active, pool + step, pool)
-        return i + 1, pool, active & (jnp.abs(step) > rounding)
+        pool = jnp.where(active, pool + further, pool)
+        return i + 1, pool, active & (jnp.abs(further) > rounding)
 
     # Eight steps are the rule; the limit is for sums that round more than they should.
     start = 0, first / 2 + last / 2, last > first
@@ -261,7 +336,7 @@ def _pool_of_many(x: jax.Array, half: int) -> jax.Array:
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopK(InParts, UnitSet):
-    """At most `k` entries of each unit are not zero: ``{w : ||unit||_0 <= k}``.
+    """At most `k` entries of each unit are not zero, ``{w : ||unit||_0 <= k}``, or `k` units.
 
     Not convex. The projection keeps the `k` entries of largest magnitude as they are and sets
     the others to zero, exactly, which is a nearest point. Of equal magnitudes the first ones
@@ -272,6 +347,11 @@ class TopK(InParts, UnitSet):
     the dtype, 31 for float32, all units at once. Where magnitudes are tied, one more for each
     bit of the size of a unit. So `k` may change, as in gradual pruning, and nothing compiles
     again.
+
+    With ``of="units"``, for structured pruning, at most `k` units have an entry that is not zero:
+    those of largest norm stay as they are. Units are then slices along `axis` as everywhere, such
+    as neurons with ``axis=0`` for a Dense kernel (in, out), filters with ``"fan_in"``, and heads
+    with ``(0, 2)`` for a kernel (in, heads, depth). One pass for the norms and one to choose.
 
     The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
     that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
@@ -286,16 +366,22 @@ class TopK(InParts, UnitSet):
             integers.
         axis: The axes along which one unit runs: an int, several ints, None for the whole
             tensor, or `"fan_in"`.
+        of: What `k` counts, and a fraction is a share of: the `"entries"` of each unit, or the
+            `"units"` of the leaf; of a stack under `Stacked` or `"fan_in"`, those of each layer.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `k` is negative, or a float outside (0, 1], or an axis is repeated.
+        ValueError: If `k` is negative, or a float outside (0, 1], an axis is repeated, or `of` is
+            something else; with ``of="units"``, if `axis` makes one unit of the leaf.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_constraints as oc
         >>> oc.top_k(2)(jnp.array([1.0, -3.0, 2.0, 0.5]))
         Array([ 0., -3.,  2.,  0.], dtype=float32)
+        >>> oc.top_k(1, axis=0, of="units")(jnp.array([[1.0, 3.0], [-3.0, 2.0]]))
+        Array([[0., 3.],
+               [0., 2.]], dtype=float32)
         >>> import jax
         >>> def loss(w):
         ...     return jnp.sum(oc.straight_through(w, oc.top_k(1)))
@@ -305,8 +391,14 @@ class TopK(InParts, UnitSet):
 
     k: Number = number(low=0, high=2**31 - 1, whole=True)
     axis: Axis = None
+    of: str = "entries"
 
     def __post_init__(self):
+        if self.of not in ("entries", "units"):
+            raise ValueError(
+                f"TopK: of={shown(self.of)} is not allowed; write 'entries' for those of each "
+                "unit, or 'units'."
+            )
         high = 1 if _is_fraction(self.k) else jnp.iinfo(jnp.int32).max
         if check_number("TopK", "k", self.k, Limits(low=0, high=high)) == 0 and high == 1:
             raise ValueError(
@@ -314,11 +406,44 @@ class TopK(InParts, UnitSet):
                 "count k=0."
             )
         super().__post_init__()
+        if self.of == "units":
+            self._check_units("TopK", self.axis is None)
+
+    @property
+    def unitwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether units have nothing to do with one another."""
+        return self.of == "entries"
+
+    def _check_units(self, where: str, whole: bool) -> None:
+        if whole:
+            raise ValueError(
+                f"{where}: axis={self.axis!r} makes the whole leaf one unit, of which at most k "
+                "are to be kept; write the axes along which one of several units runs, such as "
+                "axis=0 for the columns of a matrix."
+            )
+
+    def settle(
+        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> Constraint:
+        """This constraint for one leaf; of units, `"fan_in"` layer by layer of a stack."""
+        settled = cast(TopK, super().settle(path, shape, layout))
+        if self.of == "entries":
+            return settled
+        axes = cast(tuple[int, ...], settled.axis)
+        stacked = layout.stacked if layout is not None and self.axis == "fan_in" else ()
+        self._check_units(f"TopK on {describe(path, shape)}", len({*axes, *stacked}) == len(shape))
+        if not stacked:
+            return settled
+        return Stacked(settled._replace(axis=remove_axes(axes, stacked)), stacked)
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
         """Projects one floating-point array; the entries that are kept are not rounded."""
         w = jnp.asarray(w)
-        return self._onto(((w,),), self._units(w))[0]
+        if self.of == "entries":
+            return self._onto(((w,),), self._units(w))[0]
+        check_floating("TopK", w)
+        axes, k = self._axes(w), self._count(w)
+        return automatic(lambda w, k: _largest_units(w, k, axes), w, k) if w.size else w
 
     def _onto(self, terms: Terms, units: Units) -> Parts:
         parts = tuple(weights for weights, *_ in terms)
@@ -336,17 +461,27 @@ class TopK(InParts, UnitSet):
         return tuple(new.astype(part.dtype) for new, part in zip(kept, parts, strict=True))
 
     def on_bound(self, w: jax.Array) -> jax.Array:
-        """The units in which all of `k` is used."""
-        return self._units(w).count((w != 0,)) >= self._count(w)
+        """The units in which all of `k` is used; of units, whether it is."""
+        units = self._units(w)
+        if self.of == "entries":
+            return units.count((w != 0,)) >= self._count(w)
+        return jnp.sum(units.count((w != 0,)) > 0, dtype=jnp.int32) >= self._count(w)
 
     def _count(self, w: jax.Array) -> jax.Array:
-        return self._count_of(self._units(w).size((w,)), w.dtype)
+        units = self._units(w)
+        count = units.size((w,)) if self.of == "entries" else math.prod(units.shape((w,)))
+        return self._count_of(count, w.dtype)
 
     def _count_of(self, size: int, dtype: jnp.dtype) -> jax.Array:
         if not _is_fraction(self.k):
             return value(self.k, jnp.dtype(jnp.int32))
         share = value(self.k, _numerics.compute_dtype(dtype)) * size
         return jnp.maximum(jnp.round(share), 1).astype(jnp.int32)
+
+    def __str__(self) -> str:
+        """How the report shows it: what is counted only if it is units."""
+        text = super().__str__()
+        return text.replace(", 'entries'", "").replace(", 'units'", " units")
 
 
 top_k = TopK
@@ -454,6 +589,32 @@ def _largest_jvp(units, primals, tangents):
 _largest_of_units = jax.jit(_largest, static_argnums=2)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _largest_units(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The first `k` units by norm, and zeros."""
+    return _largest_norms(w, k, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _largest_norms(w: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    norms = _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), axes)
+    # A unit counts as zero only if it is: a norm of subnormal entries may be 0.
+    some = jnp.any(_magnitude(w) > 0, axis=axes, keepdims=True)
+    norms = lax.bitcast_convert_type(
+        jnp.maximum(_magnitude(norms), some.astype(_magnitude(norms).dtype)), norms.dtype
+    )
+    (kept,) = _are_largest(((norms,),), k, Units.one((norms,)))
+    return jnp.where(kept, w, jnp.zeros((), w.dtype))
+
+
+@_largest_norms.defjvp
+def _largest_norms_jvp(axes, primals, tangents):
+    y = _largest_norms(*primals, axes)
+    some = jnp.any(y != 0, axis=axes, keepdims=True)
+    room = jnp.sum(some, dtype=jnp.int32) < primals[1]
+    return y, jnp.where(some | room, tangents[0], jnp.zeros((), y.dtype))
+
+
 def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
     """What of a tangent stays: all in units with room for more nonzeros, else along nonzeros."""
     return jnp.where((y != 0) | room, dy, jnp.zeros((), dy.dtype))
@@ -461,7 +622,7 @@ def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class NM(_LineSet):
+class NM(LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
 
     Not convex. The projection keeps the `n` entries of largest magnitude in each group as they

@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,10 @@ from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
 from optax_constraints._numbers import Number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
+from optax_constraints._text import shown
 from optax_constraints.sets._common import MatrixSet, positive_part
+from optax_constraints.sets._common import spectral_tolerance as _tolerance
+from optax_constraints.sets.scaled import Scaled, largest_value
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -98,11 +101,11 @@ orthogonal = Orthogonal
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
-class MaxSpectralNorm(MatrixSet):
+class MaxSpectralNorm(Scaled):
     """The largest singular value is at most `max_value`: ``{W : ||W||_2 <= max_value}``.
 
-    Convex. The projection clips the singular values and leaves those below the bound alone;
-    it is the nearest point, exact up to rounding.
+    Convex. With ``method="clip"`` the projection clips the singular values and leaves those below
+    the bound alone; it is the nearest point, exact up to rounding.
 
     Whether a matrix is allowed is told for sure, by a Cholesky decomposition of
     ``max_value^2 I - W^T W``, which exists just for those matrices: one matrix product and a
@@ -110,17 +113,26 @@ class MaxSpectralNorm(MatrixSet):
     of a singular value decomposition; that is taken only where a singular value is above 1.25
     times the bound, as before the first step.
 
+    With ``method="scale"`` the whole matrix is multiplied by ``min(1, max_value / ||W||_2)``, as by
+    spectral normalization. That is not the nearest point: all singular values go down, not only
+    those above the bound. So `tangent` and `intersection`, which are for nearest points, do not
+    take it. The largest singular value is found as for `FixedSpectralNorm`, by products with a few
+    vectors that `project` keeps in its state, and with the accuracy that is said there: after a
+    step of training it may be up to 1% above `max_value`, and is usually 0.01%.
+
     It bounds the Lipschitz constant of a dense layer: H. Gouk et al., "Regularisation of
-    neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who divide
-    the whole matrix instead.
+    neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who scale
+    the matrix.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
         axis: What is the matrix, as for `Orthogonal`.
+        method: `"clip"` or `"scale"`.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `max_value` is negative or NaN, or an axis is repeated.
+        ValueError: If `max_value` is negative or NaN, an axis is repeated, or there is no such
+            method.
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,13 +140,41 @@ class MaxSpectralNorm(MatrixSet):
         >>> oc.max_spectral_norm()(jnp.array([[3.0, 0.0], [0.0, 0.5]]))
         Array([[1. , 0. ],
                [0. , 0.5]], dtype=float32)
+        >>> oc.max_spectral_norm(method="scale")(jnp.array([[4.0, 0.0], [0.0, 2.0]]))
+        Array([[1. , 0. ],
+               [0. , 0.5]], dtype=float32)
     """
 
-    convex = True
     max_value: Number = number(1.0, low=0)
     axis: Axis = None
+    method: Literal["clip", "scale"] = "clip"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in ("clip", "scale"):
+            raise ValueError(
+                f"MaxSpectralNorm: method={shown(self.method)} is not known; write 'clip', for the "
+                "nearest point, or 'scale', which multiplies the whole matrix."
+            )
+
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether the projection is the nearest point."""
+        return self.method == "clip"
+
+    @property
+    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether there are vectors to keep."""
+        return self.method == "scale"
+
+    only_down = True
+
+    def _bound(self, dtype: jnp.dtype) -> jax.Array:
+        return value(self.max_value, dtype)
 
     def _project(self, a: jax.Array) -> jax.Array:
+        if self.method == "scale":
+            return super()._project(a)
         return _spectral(_clip, a, value(self.max_value, a.dtype)) if a.size else a
 
     def _along_matrices(self, a: jax.Array, b: jax.Array, slack: Any, rounding: float) -> jax.Array:
@@ -147,6 +187,8 @@ class MaxSpectralNorm(MatrixSet):
         """The matrices whose largest singular value is the bound, up to rounding."""
         a, _ = self._matrices(w)
         low = value(self.max_value, a.dtype) * (1 - 2 * (_numerics.eps(w.dtype) + _tolerance(a)))
+        if self.method == "scale":
+            return largest_value(a) >= low
         return ~_surely_inside(a, low)
 
 
@@ -280,19 +322,9 @@ low_rank = LowRank
 # Scales.
 
 
-def _tolerance(a: jax.Array) -> float:
-    """The relative rounding of singular values and of entries of a Gram matrix."""
-    return (4 + max(a.shape[-2:]) ** 0.5 / 4) * _numerics.eps(a.dtype)
-
-
 def _down(a: jax.Array) -> jax.Array:
     """A power of two for each matrix that takes its largest entry near 1."""
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    ordinary = (largest >= jnp.finfo(a.dtype).tiny) & (largest < jnp.inf)
-    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
-    # 2^-128 is not a normal float32.
-    exponent = jnp.minimum(exponent, jnp.finfo(a.dtype).maxexp - 2)
-    return jnp.ldexp(jnp.ones_like(largest), -exponent)
+    return _numerics.power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
 
 
 def _eye(a: jax.Array) -> jax.Array:

@@ -6,7 +6,22 @@ import jax
 import jax.numpy as jnp
 
 import optax_constraints as oc
-from cases import combinators, elementwise, matrix, norm, order, simplex, spectral
+from cases import (
+    combinators,
+    elementwise,
+    linear,
+    matrix,
+    norm,
+    operator,
+    order,
+    pattern,
+    polyhedron,
+    scaled,
+    section,
+    sequence,
+    simplex,
+    spectral,
+)
 from cases._case import DTYPES as DTYPES
 from cases._case import Case as Case
 from cases._case import bits as bits
@@ -14,7 +29,10 @@ from cases._case import derivatives as derivatives
 from cases._case import float64 as float64
 from cases._case import norms as norms
 
-_FAMILIES = (norm, elementwise, simplex, order, matrix, spectral, combinators)
+_FAMILIES = (
+    *(norm, elementwise, pattern, simplex, section, linear, order, sequence, polyhedron),
+    *(matrix, spectral, scaled, operator, combinators),
+)
 CASES = [case for family in _FAMILIES for case in family.CASES]
 
 

@@ -20,7 +20,7 @@ class Case:
 
     constraint: oc.Constraint = dataclasses.field(kw_only=False)
     project: Callable[[np.ndarray], np.ndarray] = dataclasses.field(kw_only=False)
-    """The nearest allowed array."""
+    """The nearest allowed array, or what comes in its place."""
     outside: Callable[[np.ndarray], np.ndarray] = dataclasses.field(kw_only=False)
     """How far outside the set, relative to its bound: an array or one number, 0 inside."""
     shape: tuple[int, ...] = (7, 5, 3)
@@ -35,6 +35,8 @@ class Case:
     in float64 1e-9 times that. The rounding to the dtype of the weights comes on top."""
     slack: float = 4
     """How far outside, in eps of the dtype, the weights may be after a step."""
+    nearest: bool = True
+    """Whether the projection is the nearest point of its set, if that is convex."""
     adds: bool = False
     """Whether the projection adds to entries rather than scaling them, so that their rounding
     goes by the largest entry of the unit."""

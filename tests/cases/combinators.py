@@ -23,6 +23,9 @@ def _outside_non_negative_ball(w: np.ndarray) -> np.ndarray:
 
 
 _PROJECT, _OUTSIDE = within(0, 0, 1)
+# What every dtype holds exactly, and with a difference of small whole numbers, too.
+_CENTER = np.random.default_rng(5).integers(-4, 5, (7, 5, 3)) / 4
+_NEAR = np.random.default_rng(6).integers(-1, 2, (7, 5, 3)) / 8
 
 CASES = [
     Case(oc.Stacked(oc.max_norm(1.0)), *within(1, 0, 1)),
@@ -36,6 +39,20 @@ CASES = [
         lambda w: _OUTSIDE(w[..., :2]),
         allowed=lambda: one_hot(0)() * [1, 0.5, 3],
         unit=(0,),
+    ),
+    Case(
+        oc.Around(oc.max_norm(1.0), _CENTER),
+        lambda w: _CENTER + _PROJECT(w - _CENTER),
+        lambda w: _OUTSIDE(w - _CENTER),
+        allowed=lambda: _CENTER + _NEAR,
+        unit=(0,),
+        adds=True,
+    ),
+    Case(
+        oc.Around(oc.box(-0.125, 0.25), _CENTER),
+        lambda w: np.clip(w, _CENTER - 0.125, _CENTER + 0.25),
+        lambda w: np.maximum(np.maximum(_CENTER - 0.125 - w, w - _CENTER - 0.25), 0),
+        allowed=lambda: _CENTER + _NEAR,
     ),
     Case(
         oc.Compose(oc.non_neg(), oc.max_norm(1.0)),

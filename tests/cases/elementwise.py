@@ -6,8 +6,6 @@ import optax_constraints as oc
 from cases._case import Case
 
 NOT_NEGATIVE = (lambda w: np.maximum(w, 0), lambda w: np.maximum(-w, 0))
-_FREE = np.random.default_rng(3).random((5, 3)) < 0.5
-_EYE = np.eye(5, dtype=bool)
 _TERNARY = np.array([-1.0, 0.0, 1.0])
 _FIXED_POINT = np.arange(-64, 64) / 32
 
@@ -34,13 +32,6 @@ CASES = [
         oc.box(lower=np.array([-np.inf, -0.5, 0.0])),
         lambda w: np.maximum(w, [-np.inf, -0.5, 0]),
         lambda w: np.maximum([-np.inf, -0.5, 0] - w, 0),
-    ),
-    Case(oc.mask(_FREE), lambda w: np.where(_FREE, w, 0), lambda w: np.abs(np.where(_FREE, 0, w))),
-    Case(
-        oc.zero_diagonal(),
-        lambda w: np.where(_EYE, 0, w),
-        lambda w: np.abs(np.where(_EYE, w, 0)),
-        shape=(4, 5, 5),
     ),
     Case(
         oc.grid([-1, 0, 1]),

@@ -8,12 +8,12 @@ import numpy as np
 
 from cases._case import Case
 from optax_constraints.sets.matrix import (
-    DoublyStochastic,
     PositiveSemidefinite,
     Radial,
     SkewSymmetric,
     Symmetric,
 )
+from optax_constraints.sets.transport import DoublyStochastic, Transport
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -78,6 +78,29 @@ def faces(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(maps), np.array(starts), np.array(allowed)
 
 
+def nearest_plan(a: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The nearest plan, by trying every set of positive entries."""
+    m, n = a.shape
+    a = a * min(1, 1e4 / max(np.max(np.abs(a)), 1e-300))
+    sums = np.vstack([np.kron(np.eye(m), np.ones(n)), np.kron(np.ones(m), np.eye(n))])
+    totals = np.concatenate([rows, columns])
+    best, least = np.zeros(a.size), np.inf
+    for support in itertools.product([0.0, 1.0], repeat=a.size):
+        inverse = np.linalg.pinv(sums * support)
+        x = support * a.ravel()
+        for _ in range(2):  # Once for the bulk, and once for its rounding.
+            x = x - inverse @ (sums @ x - totals)
+        distance = np.sum(np.square(x - a.ravel()))
+        if np.allclose(sums @ x, totals) and np.min(x) >= -1e-12 and distance < least - 1e-12:
+            best, least = x, distance
+    return np.maximum(best, 0).reshape(a.shape)
+
+
+def plan_outside(a: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+    missed = np.concatenate([np.sum(a, axis=1) - rows, np.sum(a, axis=0) - columns])
+    return max(np.max(np.abs(missed)), -np.min(a))
+
+
 def birkhoff(a: np.ndarray) -> np.ndarray:
     """The nearest doubly stochastic matrix, by trying every set of positive entries."""
     # Far outside, the nearest point is a corner, and the same one for a smaller multiple.
@@ -128,6 +151,11 @@ def mixture() -> np.ndarray:
     return np.stack([mean, np.eye(3)[[1, 2, 0]], inside, inside.T])
 
 
+ROWS, COLUMNS = np.array([1.0, 0.5]), np.array([0.5, 0.5, 0.5])
+PLAN = np.array([[0.5, 0.25, 0.25], [0, 0.25, 0.25]])
+OTHER = np.array([[0.25, 0.5, 0.25], [0.25, 0, 0.25]])
+
+
 CASES = [
     Case(Symmetric(), *mirrored(1), shape=(3, 3, 3), unit=(-2, -1), slack=0, adds=True),
     Case(SkewSymmetric(), *mirrored(-1), shape=(3, 3, 3), unit=(-2, -1), slack=0, adds=True),
@@ -156,6 +184,16 @@ CASES = [
         shape=(4, 3, 3),
         unit=(-2, -1),
         allowed=mixture,
+        near=1e-5,
+        adds=True,
+    ),
+    Case(
+        Transport(ROWS, COLUMNS),
+        each_matrix(lambda a: nearest_plan(a, ROWS, COLUMNS)),
+        each_matrix(lambda a: plan_outside(a, ROWS, COLUMNS)),
+        shape=(4, 2, 3),
+        unit=(-2, -1),
+        allowed=lambda: np.stack([PLAN, PLAN[:, [1, 0, 2]], OTHER, PLAN]),
         near=1e-5,
         adds=True,
     ),

@@ -43,6 +43,11 @@ CASES = [
     Case(oc.unit_norm(axis=(0, 2)), *within((0, 2), 1, 1), allowed=one_hot(0, 2)),
     Case(oc.fixed_norm(3.0), *within(None, 3, 3), allowed=lambda: 3 * one_hot(0, 1, 2)()),
     Case(oc.fixed_norm(0.5, axis=1), *within(1, 0.5, 0.5), allowed=lambda: one_hot(1)() / 2),
+    Case(
+        oc.fixed_rms(0.5),
+        *within(None, 0.5 * np.sqrt(105), 0.5 * np.sqrt(105)),
+        allowed=lambda: np.full((7, 5, 3), 0.5),
+    ),
     Case(oc.max_rms(0.75), *within(None, 0, 0.75 * np.sqrt(105))),
     Case(oc.max_rms(1.5, axis=0), *within(0, 0, 1.5 * np.sqrt(7))),
 ]

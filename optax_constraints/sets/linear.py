@@ -1,0 +1,608 @@
+"""Sets given by linear equations, or one linear inequality, for each unit.
+
+A unit whose sum misses its value only by the rounding of that sum (8 machine epsilons of the
+dtype it was taken in, times the sum of the magnitudes) is allowed, and comes back bit for bit.
+What was moved is corrected once more by what its own sum still misses, so that it is allowed.
+A unit with an infinite entry becomes NaN, and so does one whose sum is beyond the range of the
+dtype. At an allowed unit the derivative is that of the inside of the set.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any, ClassVar, Self, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_constraints import _numerics
+from optax_constraints._args import Arg
+from optax_constraints._axes import Axis, LeafLayout, settle_axis
+from optax_constraints._config import builtin
+from optax_constraints._numbers import Number, check_number, number, value
+from optax_constraints._numerics import is_readable
+from optax_constraints._sharding import automatic
+from optax_constraints._text import describe, shown
+from optax_constraints.sets._common import UnitSet, check_floating, sum_rounding, widen
+
+MAX = sys.float_info.max
+# Accelerators would multiply float32 matrices in fewer bits.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x, axis=axis, keepdims=True)
+
+
+def _size(x: jax.Array, axis: tuple[int, ...]) -> int:
+    """How many entries a unit has."""
+    return math.prod(x.shape[a] for a in axis)
+
+
+# Planes and half spaces: a step along a normal.
+
+
+def _above(
+    x: jax.Array, normal: jax.Array | None, point: jax.Array, axis: tuple[int, ...]
+) -> jax.Array:
+    """How many normals each unit lies above the plane; no normal stands for ones."""
+    if normal is None:
+        return _sum(x - point, axis) / _size(x, axis)
+    return _sum((x - point) * normal, axis) / _sum(jnp.square(normal), axis)
+
+
+def _is_near(
+    x: jax.Array, normal: jax.Array | None, above: jax.Array, axis: tuple[int, ...], slack: float
+) -> jax.Array:
+    """Whether `above` is the rounding of its sum, which is `slack` relative to what it sums."""
+    if normal is None:
+        scale = _sum(jnp.abs(x), axis) / _size(x, axis)
+    else:
+        scale = _sum(jnp.abs(x * normal), axis) / _sum(jnp.square(normal), axis)
+    return jnp.abs(above) <= slack * scale
+
+
+def _lower(x: jax.Array, normal: jax.Array | None, steps: jax.Array) -> jax.Array:
+    """``x`` after some steps against the normal; to the bit for none.
+
+    The choice keeps compilers from fusing product and difference in one place and not in
+    another, where the product is then rounded.
+    """
+    if normal is None:
+        return x - steps
+    return x - jnp.where(steps == 0, 0, steps * normal)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _onto_plane(
+    x: jax.Array,
+    normal: jax.Array | None,
+    point: jax.Array,
+    axis: tuple[int, ...],
+    half: bool = False,
+) -> jax.Array:
+    """The nearest point of a plane, or of the half space below it.
+
+    Args:
+        x: The weights.
+        normal: The normal, of any length; None for ones.
+        point: Any point of the plane; the nearest to zero makes for the least rounding.
+        axis: The axes of a unit.
+        half: Whether what lies below the plane stays.
+    """
+    steps = _above(x, normal, point, axis)
+    stays = _is_near(x, normal, steps, axis, sum_rounding(x))
+    stays = stays | (steps < 0) if half else stays
+    # A unit whose sum is not finite becomes NaN.
+    finite = jnp.isfinite(steps)
+    steps, stays = jnp.where(finite, steps, jnp.nan), stays & finite
+    moved = _lower(x, normal, jnp.where(stays, 0, steps))
+    rest = _above(moved, normal, point, axis)
+    return _lower(moved, normal, jnp.where(stays, 0, rest))
+
+
+@_onto_plane.defjvp
+def _onto_plane_jvp(axis, half, primals, tangents):
+    def formula(x, normal, point):
+        steps = _above(x, normal, point, axis)
+        return x - (steps if normal is None else steps * normal)
+
+    # Also on the plane, where the projection changes nothing.
+    _, dy = jax.jvp(formula, primals, tangents)
+    y = _onto_plane(*primals, axis, half)
+    if half:
+        stays = jnp.all(y == primals[0], axis=axis, keepdims=True)
+        dy = jnp.where(stays, tangents[0], dy)
+    return y, dy
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class SumTo(UnitSet):
+    """Each unit sums to `value`: ``{w : sum(unit) = value}``.
+
+    A plane, so convex; the projection adds the same number to all entries of a unit, and is
+    the nearest point, exact up to rounding. Three sums over the weights, and one pass to add.
+
+    Args:
+        value: The sum of each unit.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `value` is infinite or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.sum_to(1.0)(jnp.array([[0.5, 1.0], [0.0, 2.0]]))
+        Array([[0.75, 0.  ],
+               [0.25, 1.  ]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    value: Number = number(low=-MAX, high=MAX)
+    axis: Axis = 0
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
+        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+
+sum_to = SumTo
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class CenterAround(UnitSet):
+    """The mean of each unit is `ref_value`: ``{w : mean(unit) = ref_value}``.
+
+    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact
+    up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        ref_value: The mean of each unit.
+        axis: The axes along which one unit runs, as for `MaxNorm`; the whole tensor by default.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `ref_value` is infinite or NaN, or an axis is repeated.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.center_around(1.0)(jnp.array([[0.5, 1.0], [0.0, 2.5]]))
+        Array([[0.5, 1. ],
+               [0. , 2.5]], dtype=float32)
+        >>> oc.center_around(0.0, axis=0)(jnp.array([[0.5, 1.0], [0.0, 2.5]]))
+        Array([[ 0.25, -0.75],
+               [-0.25,  0.75]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    ref_value: Number = number(low=-MAX, high=MAX)
+    axis: Axis = None
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; means are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        mean = value(self.ref_value, wide.dtype)
+        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+
+center_around = CenterAround
+
+
+class _NormalSet(UnitSet):
+    """What the sets with a normal share."""
+
+    normal: Any
+    offset: Number
+
+    def __post_init__(self):
+        name = type(self).__name__
+        object.__setattr__(self, "normal", check_normal(name, self.normal))
+        super().__post_init__()
+
+    def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
+        """This constraint with `axis` as axes of one leaf, whose units the normal must fit."""
+        self._unit_axes(path, shape, layout)
+        return cast(Self, super().settle(path, shape, layout))
+
+    def _unit_axes(
+        self, path: str | None, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> tuple[int, ...]:
+        """The axes of a unit; raises if the normal does not fit it."""
+        name = type(self).__name__
+        axis = settle_axis(name, self.axis, shape, path, layout)
+        unit = tuple(shape[a] for a in axis)
+        check_unit(name, "normal", self.normal, self.axis, unit, path, shape)
+        return axis
+
+    def _plane(self, wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The normal, with 1 as its largest entry, and the nearest point to zero."""
+        axis = self._unit_axes(None, wide.shape)
+        beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
+        normal = jnp.asarray(self.normal, wide.dtype).reshape(beside)
+        largest = jnp.max(jnp.abs(normal))
+        normal = normal / largest
+        offset = value(self.offset, wide.dtype) / largest
+        return normal, normal * (offset / _sum(jnp.square(normal), axis))
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hyperplane(_NormalSet):
+    """The inner product of each unit with `normal` is `offset`.
+
+    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal,
+    and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        normal: An array of the shape of one unit: the lengths of the leaf's axes in `axis`, in
+            the leaf's order. Not zero; its length does not matter but for `offset`.
+        offset: The inner product.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `normal` is zero, or a number is infinite or NaN, or an axis is repeated;
+            when bound or called, if `normal` does not have the shape of a unit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.hyperplane([1.0, -1.0])(jnp.array([[0.5, 1.0], [0.5, 2.0]]))
+        Array([[0.5, 1.5],
+               [0.5, 1.5]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    normal: Any
+    offset: Number = number(0.0, low=-MAX, high=MAX)
+    axis: Axis = 0
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        return _onto_plane(wide, *self._plane(wide), axis).astype(w.dtype)
+
+
+hyperplane = Hyperplane
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class HalfSpace(_NormalSet):
+    """The inner product of each unit with `normal` is at most `offset`.
+
+    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside
+    along the normal, and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+
+    Args:
+        normal: An array of the shape of one unit, as for `Hyperplane`.
+        offset: The bound of the inner product.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `normal` is zero, or a number is infinite or NaN, or an axis is repeated;
+            when bound or called, if `normal` does not have the shape of a unit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.half_space([1.0, 1.0], 2.0)(jnp.array([[0.5, 1.0], [0.5, 2.0]]))
+        Array([[0.5, 0.5],
+               [0.5, 1.5]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+
+    normal: Any
+    offset: Number = number(0.0, low=-MAX, high=MAX)
+    axis: Axis = 0
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axis = self._widen(w)
+        return _onto_plane(wide, *self._plane(wide), axis, True).astype(w.dtype)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units that lie on the plane, up to rounding."""
+        return self._reaches(w, 2 * _numerics.eps(w.dtype))
+
+    def _reaches(
+        self, w: jax.Array, rounding: float, slack: jax.typing.ArrayLike = 0.0
+    ) -> jax.Array:
+        wide, axis = self._widen(w)
+        normal, point = self._plane(wide)
+        above = _above(wide, normal, point, axis)
+        near = _is_near(wide, normal, above, axis, rounding)
+        return near | (above + slack > 0)
+
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
+        """Each unit on the plane without what leads above it."""
+        del memory
+        axis = self._axes(v)
+        normal, _ = self._plane(v)
+        near = self._reaches(w, 2 * _numerics.eps(w.dtype) + sum_rounding(v), slack)
+        up = jnp.where(near, _above(v, normal, 0 * normal, axis), 0)
+        return _lower(v, normal, jnp.maximum(up, 0))
+
+
+half_space = HalfSpace
+
+
+# Several equations: a step along the rows of a matrix.
+
+
+def _residual(x: jax.Array, rows: jax.Array, point: jax.Array) -> jax.Array:
+    """By what each equation is missed, for units (size, number) and orthonormal rows."""
+    return _matmul(rows, x) - point[:, None]
+
+
+@functools.partial(jax.custom_jvp)
+@jax.jit
+def _onto_rows(x: jax.Array, rows: jax.Array, point: jax.Array) -> jax.Array:
+    """The nearest solutions of ``rows @ x = point``, for units (size, number)."""
+    missed, size = _residual(x, rows, point), _numerics.norm(x, (0,))
+    # What a step takes from the rows, and leaves of them, and so what is left of the unit.
+    taken, left = (
+        _numerics.norm(missed + point[:, None], (0,)),
+        _numerics.norm(point[:, None], (0,)),
+    )
+    unit = jnp.where(size > 0, size, 1)
+    finite = jnp.isfinite(jnp.sum(missed, axis=0, keepdims=True))
+    stays = jnp.max(jnp.abs(missed), axis=0, keepdims=True) <= sum_rounding(x) * size
+    stays = stays & finite
+    far = ~stays & (jnp.square(taken / unit) - jnp.square(left / unit) > 0.9)
+
+    def step(x: jax.Array, missed: jax.Array, where: jax.Array) -> jax.Array:
+        return x - _matmul(rows.T, jnp.where(where, missed, 0))
+
+    moved = step(x, missed, ~stays)
+    # What a long step rounds away may be much beside a short result.
+    moved = lax.cond(
+        jnp.any(far), lambda y: step(y, _residual(y, rows, point), far), lambda y: y, moved
+    )
+    return jnp.where(stays, x, jnp.where(finite, moved, jnp.nan))
+
+
+@_onto_rows.defjvp
+def _onto_rows_jvp(primals, tangents):
+    def formula(x, rows, point):
+        return x - _matmul(rows.T, _residual(x, rows, point))
+
+    # Also at a solution, where the projection changes nothing.
+    return _onto_rows(*primals), jax.jvp(formula, primals, tangents)[1]
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class Affine(UnitSet):
+    """Each unit solves linear equations: ``{w : A unit = b}``.
+
+    A plane of any dimension, so convex and smooth; the projection
+    ``unit - A^T (A A^T)^-1 (A unit - b)`` is the nearest point, exact up to rounding. Equations
+    that follow from others are fine. A unit is allowed, and comes back bit for bit, if it
+    misses none of them, combined to orthonormal ones, by more than 8 machine epsilons of the
+    dtype of the sums, times the norm of the unit.
+
+    For conservation laws, interpolation conditions, zero sums over groups, or to keep what a
+    layer does to some inputs. Orthonormal rows are found once, when the set is made, in
+    float64. Then two products with them, and as many again where a result is much shorter than
+    the weights. A traced `a` is decomposed in each step, and its rows have to be independent.
+
+    Args:
+        a: An array of shape (equations, ...), each of its rows of the shape of one unit: the
+            lengths of the leaf's axes in `axis`, in the leaf's order.
+        b: The right-hand sides: a number, or one for each equation.
+        axis: The axes along which one unit runs, as for `MaxNorm`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is infinite or NaN, `a` is zero or has another shape, no unit
+            solves the equations, or an axis is repeated; when bound or called, if the rows do
+            not have the shape of a unit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.affine([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]], [1.0, 4.0])(jnp.ones((3, 1)))
+        Array([[0.5],
+               [0.5],
+               [2. ]], dtype=float32)
+    """
+
+    convex: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    a: Any
+    b: Any = 0.0
+    axis: Axis = 0
+
+    # What `_orthonormal` returned. As an attribute it goes where the arrays of the fields go.
+    _found: ClassVar[tuple[Any, ...] | None] = None
+
+    def __post_init__(self):
+        a = check_array(f"Affine: a={shown(self.a)}", self.a)
+        b = check_array(f"Affine: b={shown(self.b)}", self.b)
+        if a.ndim < 2 or not a.size:
+            raise ValueError(
+                f"Affine: a={shown(self.a)} has shape {a.shape}; write an array of shape "
+                "(equations, ...), each of its rows of the shape of one unit."
+            )
+        if b.shape not in ((), a.shape[:1]):
+            raise ValueError(
+                f"Affine: b has shape {b.shape}, and a has {a.shape[0]} rows; write one number, "
+                "or one for each row."
+            )
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "b", b)
+        super().__post_init__()
+        object.__setattr__(self, "_found", _orthonormal(readable(a), readable(b), shown(self.b)))
+
+    def settle(self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None) -> Self:
+        """This constraint for one leaf, whose units the rows must fit."""
+        self._unit_axes(path, shape, layout)
+        return cast(Self, super().settle(path, shape, layout))
+
+    def _unit_axes(
+        self, path: str | None, shape: tuple[int, ...], layout: LeafLayout | None = None
+    ) -> tuple[int, ...]:
+        axis = settle_axis("Affine", self.axis, shape, path, layout)
+        unit = tuple(shape[a] for a in axis)
+        if self.a.shape[1:] != unit:
+            raise ValueError(
+                f"Affine on {describe(path, shape)}: a unit along axis={self.axis!r} has shape "
+                f"{unit}, and each row of a has shape {self.a.shape[1:]}; write an array of shape "
+                f"{(self.a.shape[0], *unit)}, or another axis."
+            )
+        return axis
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; sums are taken in float32 or wider."""
+        w = jnp.asarray(w)
+        check_floating("Affine", w)
+        axis = self._unit_axes(None, w.shape)
+        if not w.size:
+            return w
+        return automatic(lambda w, this: this._whole(w, axis), w, self)
+
+    def _whole(self, w: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+        wide = widen("Affine", w)
+        rows, point = self._equations(wide.dtype)
+        order = (*axis, *(i for i in range(w.ndim) if i not in axis))
+        units = jnp.transpose(wide, order)
+        new = _onto_rows(units.reshape(rows.shape[1], -1), rows, point)
+        back = tuple(order.index(i) for i in range(w.ndim))
+        return jnp.transpose(new.reshape(units.shape), back).astype(w.dtype)
+
+    def _equations(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Orthonormal rows, and what units make of them."""
+        b = jnp.broadcast_to(jnp.asarray(self.b, dtype), self.a.shape[:1])
+        if self._found is None:
+            # With R from A^T = Q R the equations are Q^T x = R^-T b.
+            q, r = jnp.linalg.qr(jnp.asarray(self.a, dtype).reshape(self.a.shape[0], -1).T)
+            point = jax.scipy.linalg.solve_triangular(r, b, trans=1)
+            return q.T, point
+        rows, mix, *point = (jnp.asarray(x, dtype) for x in self._found)
+        return rows, point[0] if point else _matmul(mix, b)
+
+
+affine = Affine
+
+
+def _orthonormal(a: np.ndarray | None, b: np.ndarray | None, given: str) -> tuple | None:
+    """Orthonormal rows that span those of a matrix, if it is known.
+
+    Then the mix of rows that they are and, if `b` is known, too, what solutions make of them.
+    """
+    if a is None:
+        return None
+    a = a.reshape(len(a), -1)
+    length = np.max(np.abs(a), axis=1, keepdims=True)
+    length = length * np.linalg.norm(a / np.where(length > 0, length, 1), axis=1, keepdims=True)
+    scale = 1 / np.where(length > 0, length, 1)
+    u, s, vt = np.linalg.svd(a * scale, full_matrices=False)
+    if not s[0]:
+        raise ValueError("Affine: a is zero, and allows everything or nothing.")
+    rank = int(np.sum(s > _DEPENDENT * s[0]))
+    rows = vt[:rank]
+    mix = (u[:, :rank] / s[:rank]).T * scale[:, 0]
+    if b is None:
+        return rows, mix
+    b = np.broadcast_to(b, len(a))
+    point = mix @ b
+    missed = np.abs(a @ (rows.T @ point) - b) * scale[:, 0]
+    if np.any(missed > 10 * _DEPENDENT * np.max(np.abs(b * scale[:, 0]), initial=0)):
+        worst = int(np.argmax(missed))
+        raise ValueError(
+            f"Affine: no unit solves the equations with b={given}: row {worst} of a follows from "
+            f"the others, and they make {b[worst] + (a @ (rows.T @ point) - b)[worst]:g} of it, "
+            f"not {b[worst]:g}; leave that equation out, or write another b."
+        )
+    return rows, mix, point
+
+
+# Relative to their length, rows that are nearer to others follow from them.
+_DEPENDENT = 1e-6
+
+
+def check_normal(owner: str, normal: Any) -> Any:
+    """The normal as an array, checked as far as it is concrete."""
+    what = f"{owner}: normal={shown(normal)}"
+    normal = check_array(what, normal)
+    entries = readable(normal)
+    if entries is not None and not np.any(entries):
+        raise ValueError(f"{what} is zero and has no direction; write one that is not.")
+    return normal
+
+
+def check_array(what: str, given: Any, finite: bool = True) -> Any:
+    """Something as an array of real numbers, checked as far as it is concrete."""
+    if not isinstance(given, jax.Array):
+        try:
+            given = np.asarray(given)
+        except ValueError:
+            raise ValueError(f"{what} is ragged; write one number for each entry.") from None
+    if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
+        raise TypeError(f"{what} is not an array of real numbers.")
+    entries = readable(given)
+    if entries is not None and finite and not np.all(np.isfinite(entries)):
+        raise ValueError(f"{what} has an infinite entry or a NaN; write finite numbers.")
+    if entries is not None and np.any(np.isnan(entries)):
+        raise ValueError(f"{what} has a NaN; write numbers.")
+    return given
+
+
+def check_bound(owner: str, name: str, given: Any) -> Any:
+    """A bound, which may be None or an array, checked as far as it is concrete."""
+    if given is None:
+        return None
+    if isinstance(given, (list, tuple)) or np.ndim(given) > 0:
+        return check_array(f"{owner}: {name}={shown(given)}", given, finite=False)
+    check_number(owner, name, given)
+    return given
+
+
+def check_unit(
+    owner: str,
+    name: str,
+    array: Any,
+    axis: Axis,
+    unit: tuple[int, ...],
+    path: str | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Raises if a hyperparameter is an array, and not of the shape of a unit."""
+    own = () if array is None or isinstance(array, (str, Arg)) else np.shape(array)
+    if own not in ((), unit) or (name == "normal" and array is not None and own != unit):
+        raise ValueError(
+            f"{owner} on {describe(path, shape)}: a unit along axis={axis!r} has shape {unit}, "
+            f"and the {name} has shape {own}; write a {name} of shape {unit}, or another axis."
+        )
+
+
+def readable(given: Any) -> np.ndarray | None:
+    """The numbers of a hyperparameter in float64; None if they are not known yet."""
+    if isinstance(given, (str, Arg)) or callable(given) or not is_readable(given):
+        return None
+    return np.asarray(given).astype(np.float64)

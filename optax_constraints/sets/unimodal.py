@@ -1,0 +1,217 @@
+"""Units that rise up to a peak, and fall behind it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from optax_constraints import _numerics
+from optax_constraints._axes import Axis
+from optax_constraints._config import builtin
+from optax_constraints._sharding import automatic
+from optax_constraints._text import describe, shown
+from optax_constraints.sets._common import LineSet
+from optax_constraints.sets.order import isotonic
+
+
+@builtin
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unimodal(LineSet):
+    """The entries of each unit rise up to a peak, and fall behind it.
+
+    ``{w : unit[0] <= ... <= unit[peak] >= ... >= unit[n - 1]}``. For a given `peak` the set is
+    convex, and the projection the nearest point, up to rounding: what is before the peak and what
+    is behind it are sorted as by `Monotone`, and cut off where what that takes away in all lifts
+    the peak as high. Without one each entry may be the peak, the set is not convex, and the
+    projection tries them all and keeps the nearest point, the first of equally near ones. Order is
+    exact, to the bit. Also known as unimodal regression (Q. Stout, "Unimodal regression via prefix
+    isotonic regression", Comput. Stat. Data Anal. 53, 2008).
+
+    Costs what `Monotone` costs, and without a peak `n` times that, one after the other, for units
+    of `n` entries of which one is not allowed. A unit with an entry that is not finite becomes NaN.
+    The derivative is that for the peak found; at an allowed unit, the identity.
+
+    Args:
+        axis: The one axis along which entries have an order, or `"fan_in"` where that is one.
+        peak: The place of the largest entry, counted from 0, or from the end if negative; None
+            for any.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an axis is repeated; on a leaf, if `axis` is not one axis of it, or there is
+            no entry at `peak`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_constraints as oc
+        >>> oc.unimodal()(jnp.array([0.0, 2.0, 1.0, 3.0, 1.0]))
+        Array([0. , 1.5, 1.5, 3. , 1. ], dtype=float32)
+        >>> oc.unimodal(peak=0)(jnp.array([0.0, 2.0, 1.0, 3.0, 1.0]))
+        Array([1.5, 1.5, 1.5, 1.5, 1. ], dtype=float32)
+    """
+
+    axis: Axis = 0
+    peak: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.peak, bool) or not isinstance(self.peak, (int, type(None))):
+            raise TypeError(
+                f"Unimodal: peak={shown(self.peak)} is not an int; write the place of the largest "
+                "entry, or None for any."
+            )
+        super().__post_init__()
+
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the peak is given."""
+        return self.peak is not None
+
+    def _check(self, path: str | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+        axis = super()._check(path, shape, axes)
+        n = shape[axis]
+        if self.peak is not None and n and not -n <= self.peak < n:
+            raise ValueError(
+                f"Unimodal on {describe(path, shape)}: peak={self.peak} is none of the {n} entries "
+                f"along axis {axis}; write one from 0 to {n - 1}, or None for any."
+            )
+        return axis
+
+    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
+        """Projects one floating-point array; computes in float32 or wider."""
+        w = jnp.asarray(w)
+        wide, axes = self._widen(w)
+        axis = self._check(None, w.shape, axes)
+        if not w.size:
+            return w
+        n = w.shape[axis]
+        peak = None if self.peak is None else self.peak % n
+
+        def onto(w: jax.Array) -> jax.Array:
+            moved = jnp.moveaxis(w, axis, 0)
+            new = _onto_unimodal(moved.reshape(n, -1), peak)
+            return jnp.moveaxis(new.reshape(moved.shape), 0, axis)
+
+        return automatic(onto, wide).astype(w.dtype)
+
+    def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
+        """The vector, in order where neighbours are equal, for a peak that is given."""
+        del memory
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        n = w.shape[axis]
+        if n < 2 or not w.size:
+            return v
+        peak = (self.peak or 0) % n
+        rounding = 4 * _numerics.eps(w.dtype)
+
+        def along(w: jax.Array, v: jax.Array, slack: jax.Array) -> jax.Array:
+            a, b = (jnp.moveaxis(x, axis, 0) for x in (w, v))
+            columns = a.reshape(n, -1)
+            largest = jnp.max(jnp.abs(columns), axis=0, keepdims=True)
+            apart = jnp.abs(jnp.diff(columns, axis=0)) > rounding * largest + slack
+            new = _ordered(b.reshape(n, -1), jnp.full((1, 1), peak), apart)
+            return jnp.moveaxis(new.reshape(b.shape), 0, axis)
+
+        return automatic(along, w.astype(v.dtype), v, slack)
+
+    def on_bound(self, w: jax.Array) -> jax.Array:
+        """The units with two equal neighbours."""
+        axis = self._check(None, w.shape, self._widen(w)[1])
+
+        def tied(w: jax.Array) -> jax.Array:
+            return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
+
+        return automatic(tied, w, spec=PartitionSpec())
+
+
+unimodal = Unimodal
+
+
+# Compiled by itself, so that calls outside jit find the program they made before.
+@functools.partial(jax.jit, static_argnums=1)
+def _onto_unimodal(w: jax.Array, peak: int | None) -> jax.Array:
+    finite = jnp.all(jnp.isfinite(w), axis=0, keepdims=True)
+    w = jnp.where(finite, w, 0)
+    rises = jnp.diff(w, axis=0)
+    if peak is None:
+        fallen = lax.cummax((rises < 0).astype(jnp.int32), axis=0) > 0
+        allowed = ~jnp.any(fallen & (rises > 0), axis=0, keepdims=True)
+        new = lax.cond(jnp.all(allowed), lambda w: w, lambda w: _ordered(w, _best_peak(w), None), w)
+    else:
+        sign = jnp.where(jnp.arange(len(rises)) < peak, 1, -1)[:, None].astype(w.dtype)
+        allowed = jnp.all(sign * rises >= 0, axis=0, keepdims=True)
+        new = _ordered(w, jnp.full((1, 1), peak), None)
+    return jnp.where(finite, jnp.where(allowed, w, new), jnp.nan)
+
+
+def _best_peak(w: jax.Array) -> jax.Array:
+    """The peak of each column for which the nearest unimodal one is nearest."""
+    w = lax.stop_gradient(w)
+    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True)
+    # Squares of huge and of tiny numbers are none.
+    w = w / jnp.where(largest > 0, largest, 1)
+
+    def better(peak: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        near, where = best
+        peak = jnp.asarray(peak, jnp.int32)
+        new = _ordered(w, jnp.broadcast_to(peak, (1, 1)), None)
+        distance = jnp.sum(jnp.square(new - w), axis=0, keepdims=True)
+        closer = distance < near
+        return jnp.where(closer, distance, near), jnp.where(closer, peak, where)
+
+    start = jnp.full_like(largest, jnp.inf), jnp.zeros_like(largest, jnp.int32)
+    return lax.fori_loop(0, len(w), better, start)[1]
+
+
+def _ordered(w: jax.Array, peak: jax.Array, apart: jax.Array | None) -> jax.Array:
+    """The nearest columns that rise to a peak and fall behind it.
+
+    With `apart`, only neighbours that are not so have an order.
+    """
+    place = lax.broadcasted_iota(jnp.int32, w.shape, 0)
+    before, is_peak = place < peak, place == peak
+    sides = jnp.where(before, 0, jnp.where(is_peak, 1, 2))
+    runs = sides
+    linked = ~is_peak
+    if apart is not None:
+        steps = jnp.cumsum(apart.astype(jnp.int32), axis=0)
+        steps = jnp.concatenate([jnp.zeros_like(steps[:1]), steps])
+        linked &= steps == jnp.sum(jnp.where(is_peak, steps, 0), axis=0, keepdims=True)
+        runs = 3 * steps + sides
+    sign = jnp.where(place > peak, -1, 1).astype(w.dtype)
+    sides_sorted = sign * isotonic(sign * w, 0, runs)
+    own = jnp.sum(jnp.where(is_peak, w, 0), axis=0, keepdims=True)
+    top = _top(own, sides_sorted, linked)
+    return jnp.where(is_peak, top, jnp.where(linked, jnp.minimum(sides_sorted, top), sides_sorted))
+
+
+def _top(own: jax.Array, others: jax.Array, linked: jax.Array) -> jax.Array:
+    """What an entry becomes to which others are cut off: it rises by what they lose in all.
+
+    Newton's method from below: what is above it only falls, and where none does it is there.
+    """
+
+    def mean(own: jax.Array, others: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        above = linked & (others > level)
+        count = jnp.sum(above, axis=0, keepdims=True, dtype=jnp.int32)
+        excess = jnp.where(above, others - own, 0)
+        rise = jnp.sum(excess, axis=0, keepdims=True) / (count + 1).astype(own.dtype)
+        return own + rise, count
+
+    fixed = lax.stop_gradient((own, others))
+
+    def step(state):
+        level, last, done = state
+        further, count = mean(*fixed, level)
+        # What has settled stays: by rounding, an entry at the level could come and go.
+        done = done | (count >= last)
+        return jnp.where(done, level, further), count, done
+
+    most = jnp.full_like(own, len(others) + 1, jnp.int32)
+    start = fixed[0], most, jnp.zeros_like(own, bool)
+    level = lax.while_loop(lambda state: ~jnp.all(state[-1]), step, start)[0]
+    # One more, for the derivative, which loops have not in reverse.
+    return mean(own, others, level)[0]
