@@ -316,20 +316,22 @@ class Constraint:
         return None
 
     def taken(
-        self, params: Any, prepared: Any, memory: Any = ()
-    ) -> tuple[jax.Array, jax.Array | None] | None:
-        """What `prepare` already knows for statistics, so that they need no pass for it.
+        self, params: Any, updates: Any, prepared: Any, memory: Any = ()
+    ) -> tuple[Any, jax.Array, jax.Array | None] | None:
+        """What is known after `prepare`, so that statistics need no pass over the weights for it.
 
         Args:
             params: The weights, in the dtype in which their sums are taken.
+            updates: The update, of the same shape.
             prepared: What `prepare` returned.
             memory: What is remembered of the leaf.
 
         Returns:
-            The norm of what the projection takes away, and what `on_bound` says after it; or
-            None if that is not known.
+            The weights after the update, as `prepare` summed them; the norm of what the
+            projection takes away from them; and what `on_bound` says after it. None if that
+            is not known.
         """
-        del params, prepared, memory
+        del params, updates, prepared, memory
         return None
 
     def update(
@@ -347,7 +349,11 @@ class Constraint:
             ``P(params + updates) - params``, in the wider dtype of the two; and what to remember.
         """
         del prepared
-        target, memory = self.aim(jax.tree.map(moved, params, updates), memory)
+        return self.lead(params, updates, jax.tree.map(moved, params, updates), memory)
+
+    def lead(self, params: Any, updates: Any, total: Any, memory: Any = ()) -> tuple[Any, Any]:
+        """`update`, from the weights that the update leads to."""
+        target, memory = self.aim(total, memory)
         delta = jax.tree.map(difference, target, params, updates)
         return self.keep_inside(params, delta, memory), memory
 

@@ -1,6 +1,8 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
@@ -50,14 +52,6 @@ def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | 
 def _scales(dtype: jnp.dtype) -> tuple[float, float]:
     exponent = 3 * int(jnp.finfo(dtype).maxexp) // 4
     return 2.0**-exponent, 2.0**exponent
-
-
-def in_three_ranges(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Entries as they are, scaled down, and scaled up, of whose squares to take the sums."""
-    down, up = _scales(x.dtype)
-    # Where the third sum counts all entries are smaller than that.
-    least = up**-0.5
-    return x, x * down, jnp.clip(x, -least, least) * up
 
 
 def norm_by_sums(squares: jax.Array, huge: jax.Array, tiny: jax.Array) -> jax.Array:
@@ -137,6 +131,62 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
         The norms, in the dtype of `x`.
     """
     return _differentiable_norm(x, axis)
+
+
+def row_sums(*terms: jax.Array) -> list[jax.Array]:
+    """The sums over arrays of one shape, without derivative, in one pass without copies.
+
+    XLA's CPU backend would take one sum after the other, and write down what each reads. One
+    long sum loses digits in older versions of XLA: sums over rows come first.
+    """
+
+    def together(*terms: jax.Array) -> Any:
+        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+        last = (terms[0].ndim - 1,)
+        return lax.reduce(terms, zeros, lambda a, b: tuple(map(operator.add, a, b)), last)
+
+    def apart(*terms: jax.Array) -> Any:
+        return tuple(jnp.sum(x, axis=-1, dtype=x.dtype) for x in terms)
+
+    terms = tuple(jnp.atleast_1d(lax.stop_gradient(x)) for x in terms)
+    rows = lax.platform_dependent(*terms, cpu=together, default=apart)
+    return [jnp.sum(x, dtype=x.dtype) for x in rows]
+
+
+def norm_of(make: Callable[..., Any], *trees: Any, squares: jax.Array | None = None) -> jax.Array:
+    """The Euclidean norm of all entries of ``make(*trees)``, which is not written down.
+
+    Args:
+        make: Makes a tree of arrays of trees of arrays, entry by entry.
+        trees: What it takes.
+        squares: The sum of squares, if it is known; it may have overflowed.
+
+    Returns:
+        A scalar in float32, or float64 if one of the arrays is, without derivative.
+    """
+    trees = lax.stop_gradient(trees)
+
+    def made(trees: Any) -> list[jax.Array]:
+        leaves = [jnp.atleast_1d(x) for x in jax.tree.leaves(make(*trees))]
+        dtype = compute_dtype(*(x.dtype for x in leaves))
+        return [x.astype(dtype) for x in leaves]
+
+    def fallback(squares: jax.Array, trees: Any) -> jax.Array:
+        leaves = made(trees)
+        if sum(x.size for x in leaves) == 1:
+            # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
+            return jnp.sum(jnp.abs(leaves[0]))
+        parts = [row_sums(*(jnp.square(x * s) for s in _scales(x.dtype))) for x in leaves]
+        return norm_by_sums(squares, *map(sum, zip(*parts, strict=True)))
+
+    def conditional(squares: jax.Array, trees: Any) -> jax.Array:
+        unsafe = (squares == jnp.inf) | _may_have_underflowed(squares)
+        return lax.cond(unsafe, fallback, lambda squares, _: jnp.sqrt(squares), squares, trees)
+
+    if squares is None:
+        rows = [sum_of_squares(x, (-1,)) for x in made(trees)]
+        squares = functools.reduce(operator.add, map(jnp.sum, rows))
+    return lax.platform_dependent(squares, trees, cpu=conditional, default=fallback)
 
 
 def power_of_two(largest: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from optax_constraints import _stats
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint
+from optax_constraints._constraint import Constraint, moved
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
 from optax_constraints._numerics import in_turn
@@ -116,20 +116,29 @@ def project(
 
             def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
                 nonlocal before
-                if stats and constraint.elementwise:
-                    measured.append(_stats.of_entries(constraint, p, u, own))
-                    # Before the weights move, of which XLA would otherwise keep a copy.
-                    u = jax.tree.map(lambda u: in_turn(u, measured[-1].update[None]), u)
-                if constraint.unitwise:
+                if stats or constraint.unitwise:
                     u = jax.tree.map(lambda u: in_turn(u, before), u)
                 prepared = constraint.prepare(p, u, own)
+                known = None
+                if stats and constraint.elementwise:
+                    total = jax.tree.map(moved, p, u)
+                    known = _stats.of_entries(constraint, p, u, total, own)
+                    before = jnp.stack([known.update, known.correction])
+                    total = jax.tree.map(lambda x: in_turn(x, before), total)
+                    new, kept = constraint.lead(p, u, total, own)
+                else:
+                    if stats and (known := _stats.of_update(constraint, p, u, own, prepared)):
+                        prepared = in_turn(prepared, jnp.stack([known.update, known.correction]))
+                    new, kept = constraint.update(p, u, own, prepared)
                 before = before if prepared is None else prepared
-                moved, kept = constraint.update(p, u, own, prepared)
                 if keep_dtype:
-                    moved = _narrowed(constraint, p, moved, u, own)
-                if stats and not constraint.elementwise:
-                    measured.append(_stats.of_update(constraint, p, u, moved, own, prepared))
-                return moved, kept
+                    new = _narrowed(constraint, p, new, u, own)
+                if stats:
+                    if known is None:
+                        without, with_it = (jax.tree.map(moved, p, x) for x in (u, new))
+                        known = _stats.of_step(constraint, u, without, with_it)
+                    measured.append(known)
+                return new, kept
 
             now: Any = {"step": state.updates_seen, "extra": extra}
             new, memory = bound.map(move, params, memory, updates=updates, **now)

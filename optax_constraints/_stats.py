@@ -1,23 +1,14 @@
 """Live statistics: how hard each constraint binds, computed inside the training step."""
 
 import contextlib
-import functools
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optax_constraints._constraint import Constraint, moved
-from optax_constraints._numerics import (
-    compute_dtype,
-    in_three_ranges,
-    norm_by_sums,
-    stored,
-    widest,
-)
+from optax_constraints._constraint import Constraint
+from optax_constraints._numerics import compute_dtype, norm_of, row_sums, stored
 from optax_constraints._rules import Binder
 from optax_constraints._text import shown
 from optax_constraints._trees import OtherStructureError, rearranged, without_boxes, without_saved
@@ -157,33 +148,82 @@ def kept(old: Any, memory: dict[str, Any], own: dict[str, LeafStats]) -> Any:
 
 
 def of_update(
-    constraint: Constraint, params: Any, update: Any, projected: Any, memory: Any, prepared: Any
-) -> LeafStats:
-    """The statistics of one leaf or group, whose update was replaced by another.
+    constraint: Constraint, params: Any, update: Any, memory: Any, prepared: Any
+) -> LeafStats | None:
+    """The statistics of one leaf or group that are known before the weights move.
+
+    XLA's CPU backend writes down what two sums read, and keeps the weights of before for a sum
+    that does not come before the step. So what an optimizer computes is read once, where it is
+    added to the weights, and the update is what that has changed.
 
     Args:
         constraint: The constraint with its numbers at this step.
         params: The weights before the step.
         update: The update that came in.
-        projected: The update that goes out.
         memory: What is remembered of the leaf.
         prepared: What `prepare` returned.
 
     Returns:
+        The statistics; or None where they take the projection, for `of_step`.
+    """
+    if (
+        not _are_wide(params)
+        or (known := constraint.taken(params, update, prepared, memory)) is None
+    ):
+        return None
+    total, correction, at_bound = known
+    return LeafStats(norm_of(_minus, total, params), correction, *_counts(at_bound))
+
+
+def of_entries(
+    constraint: Constraint, params: Any, update: Any, total: Any, memory: Any
+) -> LeafStats:
+    """`of_update` of an elementwise set, of which the projection is part of each sum.
+
+    Args:
+        constraint: The constraint with its numbers at this step.
+        params: The weights before the step.
+        update: The update that came in.
+        total: The weights after it.
+        memory: What is remembered of the leaf.
+
+    Returns:
         The statistics.
     """
-    wide = all(p.dtype == compute_dtype(p.dtype) for p in jax.tree.leaves(params))
-    if wide and (known := constraint.taken(params, prepared, memory)) is not None:
-        return _measured(update, None, *known)
-    without = jax.tree.map(moved, params, update)
-    weights = jax.tree.map(moved, params, projected)
-    return _of_step(constraint, update, without, weights)
+
+    def allowed(total: Any) -> Any:
+        return jax.tree.map(stored, constraint.aim(total, memory)[0])
+
+    total = jax.tree.map(stored, total)
+    length = norm_of(_minus, total, params) if _are_wide(params) else norm_of(_same, update)
+
+    def away(total: Any) -> Any:
+        return _minus(total, allowed(total))
+
+    at_bound = constraint.on_bound(allowed(total))
+    if at_bound is not None and not isinstance(total, tuple):
+        squares, count = row_sums(jnp.square(away(total)), at_bound.astype(jnp.int32))
+        correction = norm_of(away, total, squares=squares)
+        return LeafStats(length, correction, jnp.int32(at_bound.size), count)
+    return LeafStats(length, norm_of(away, total), *_counts(at_bound))
 
 
-def of_entries(constraint: Constraint, params: Any, update: Any, memory: Any) -> LeafStats:
-    """`of_update` of an elementwise set, whose projection costs less than to wait for it."""
-    without = jax.tree.map(moved, params, update)
-    return _of_step(constraint, update, without, constraint.aim(without, memory)[0])
+def of_step(constraint: Constraint, update: Any, without: Any, weights: Any) -> LeafStats:
+    """The statistics of one leaf or group after the step.
+
+    Args:
+        constraint: The constraint with its numbers at this step.
+        update: The update that came in.
+        without: The weights after it.
+        weights: The weights after the update that went out.
+
+    Returns:
+        The statistics.
+    """
+    without, weights = (jax.tree.map(stored, tree) for tree in (without, weights))
+    # Not of the difference of updates, in which the rounding of each is left.
+    correction = norm_of(_minus, without, weights)
+    return LeafStats(norm_of(_same, update), correction, *_counts(constraint.on_bound(weights)))
 
 
 def renewed(
@@ -221,28 +261,10 @@ def of_weights(
     for (key, leaf), visit in zip(bound.keyed, visits, strict=True):
         if visit.constraint is not None:
             were, are = leaf.of(before), leaf.of(without)
-            update = jax.tree.map(_minus, are, were)
-            own = _of_step(visit.constraint, update, are, visit.weights)
+            update = _minus(are, were)
+            own = of_step(visit.constraint, update, are, visit.weights)
             new[key] = _like(new[key], own)
     return new
-
-
-def _of_step(constraint: Constraint, update: Any, without: Any, weights: Any) -> LeafStats:
-    """The statistics of one leaf or group, from the weights without the projection and with it."""
-    without, weights = (jax.tree.map(stored, tree) for tree in (without, weights))
-    # Not of the difference of updates, in which the rounding of each is left.
-    correction = jax.tree.map(_minus, without, weights)
-    return _measured(update, correction, None, constraint.on_bound(weights))
-
-
-def _measured(
-    update: Any, correction: Any, known: jax.Array | None, at_bound: jax.Array | None
-) -> LeafStats:
-    """The statistics, of a correction whose norm is known or not."""
-    trees = (update,) if known is not None else (update, correction)
-    norms, count = _in_one_pass(trees, at_bound)
-    units = jnp.int32(0 if at_bound is None else at_bound.size)
-    return LeafStats(norms[0], norms[-1] if known is None else known, units, count)
 
 
 def _like(old: LeafStats, new: LeafStats) -> LeafStats:
@@ -250,51 +272,24 @@ def _like(old: LeafStats, new: LeafStats) -> LeafStats:
     return jax.tree.map(lambda x, z: x.astype(z.dtype), new, old)
 
 
-def _minus(a: jax.Array, b: jax.Array) -> jax.Array:
-    dtype = compute_dtype(a.dtype, b.dtype)
-    return a.astype(dtype) - b.astype(dtype)
+def _counts(at_bound: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """How many units there are, and how many are at their bound."""
+    if at_bound is None:
+        return jnp.int32(0), jnp.int32(-1)
+    return jnp.int32(at_bound.size), jnp.sum(at_bound, dtype=jnp.int32)
 
 
-def _in_one_pass(
-    trees: Sequence[Any], at_bound: jax.Array | None
-) -> tuple[list[jax.Array], jax.Array]:
-    """The norms of trees of arrays, and how many bools are true, or -1 without any.
-
-    XLA's CPU backend would take one sum after the other, and keep copies of what all of them read.
-    """
-    count, sums = jnp.int32(-1), []
-    for arrays in zip(*map(jax.tree.leaves, trees), strict=True):
-        dtype = compute_dtype(*(x.dtype for x in arrays))
-        terms = [jnp.square(x) for own in arrays for x in in_three_ranges(own.astype(dtype))]
-        if at_bound is not None and at_bound.shape == arrays[0].shape:
-            *own, count = _sums(*terms, at_bound.astype(jnp.int32))
-            at_bound = None
-        else:
-            own = _sums(*terms)
-        sums.append(own)
-    if at_bound is not None:
-        count = jnp.sum(at_bound, dtype=jnp.int32)
-    total = [_total(*own) for own in zip(*sums, strict=True)]
-    return [norm_by_sums(*total[i : i + 3]) for i in range(0, len(total), 3)], count
+def _are_wide(tree: Any) -> bool:
+    return all(x.dtype == compute_dtype(x.dtype) for x in jax.tree.leaves(tree))
 
 
-def _total(*own: jax.Array) -> jax.Array:
-    dtype = widest(*(x.dtype for x in own))
-    return functools.reduce(operator.add, (x.astype(dtype) for x in own))
+def _same(x: Any) -> Any:
+    return x
 
 
-def _sums(*terms: jax.Array) -> list[jax.Array]:
-    """The sums over arrays of one shape."""
+def _minus(a: Any, b: Any) -> Any:
+    def minus(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = compute_dtype(a.dtype, b.dtype)
+        return a.astype(dtype) - b.astype(dtype)
 
-    def together(*terms: jax.Array) -> Any:
-        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-        last = (terms[0].ndim - 1,)
-        return lax.reduce(terms, zeros, lambda a, b: tuple(map(operator.add, a, b)), last)
-
-    def apart(*terms: jax.Array) -> Any:
-        return tuple(jnp.sum(x, axis=-1, dtype=x.dtype) for x in terms)
-
-    rows = lax.stop_gradient(terms)
-    if rows[0].ndim:
-        rows = lax.platform_dependent(*rows, cpu=together, default=apart)
-    return [jnp.sum(x, dtype=x.dtype) for x in rows]
+    return jax.tree.map(minus, a, b)

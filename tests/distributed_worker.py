@@ -78,6 +78,7 @@ SUMS = {
     "center_around": oc.center_around(0.5, axis=0),
     "hyperplane": oc.hyperplane(np.linspace(1, 2, 128), 1.0),
     "half_space": oc.half_space(np.linspace(1, 2, 128), -1.0),
+    "box_section": oc.box_section(-0.5, 0.5, np.linspace(1, 2, 128), 1.0),
     "top_k": oc.top_k(0.25, axis=0),
 }
 OTHERS = {
@@ -86,6 +87,7 @@ OTHERS = {
     "unimodal": oc.unimodal(),
     "convex_sequence": oc.convex_sequence(),
     "concave_sequence": oc.concave_sequence(),
+    "affine": oc.affine(np.stack([np.linspace(-1, 2, 32), np.ones(32)]), 0.5),
     "polyhedron": oc.polyhedron(np.stack([np.linspace(-1, 2, 32), np.ones(32)]), 0.5),
     "top_k": oc.top_k(5),
     "top_k of units": oc.top_k(5, axis=0, of="units"),
@@ -93,12 +95,16 @@ OTHERS = {
     "part": oc.part(oc.non_neg(), "..., :3"),
     "orthogonal": oc.orthogonal(),
     "max_spectral_norm": oc.max_spectral_norm(1.0),
+    "max_spectral_norm by scaling": oc.max_spectral_norm(1.0, method="scale"),
+    "fixed_spectral_norm": oc.fixed_spectral_norm(1.0),
+    "max_operator_norm": oc.max_operator_norm(1.0, strides=1, padding="SAME"),
     "nuclear_norm_ball": oc.nuclear_norm_ball(2.0),
     "low_rank": oc.low_rank(3),
     "symmetric": oc.symmetric(),
     "skew_symmetric": oc.skew_symmetric(),
     "positive_semidefinite": oc.positive_semidefinite(),
     "doubly_stochastic": oc.doubly_stochastic(),
+    "transport": oc.transport(np.linspace(0.5, 1.5, 32) / 4, np.ones(8)),
     "radial": oc.radial(),
 }
 SQUARE = (
@@ -134,7 +140,7 @@ PLACES = {
 
 def leaves_of(group: str, name: str) -> dict[str, tuple[tuple[int, ...], P]]:
     """For each place the shape of a leaf, and its spec."""
-    if name == "radial":
+    if name in ("radial", "max_operator_norm"):
         return WINDOWS
     if name in SQUARE:
         return SQUARES

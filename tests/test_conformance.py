@@ -160,7 +160,7 @@ def test_steps_scans_and_accumulation(case: Case):
     def check(params, allowed=allowed):
         assert np.max(case.outside(float64(params))) <= allowed
 
-    near = case.near * (1e-9 if jnp.float64 == WIDEST else 1) + 8 * eps(WIDEST)
+    near = case.near_in(WIDEST) + 8 * eps(WIDEST)
 
     def check_same(got, want):
         want = np.asarray(want)

@@ -103,7 +103,7 @@ def near(case: Case, got: Any, want: Any) -> None:
     """Equal but for rounding: other programs, other sums."""
     got, want = float64(got), float64(want)
     scale = max(1, np.max(np.abs(want)))
-    accuracy = case.near * (1e-9 if jnp.float64 == WIDEST else 1)
+    accuracy = case.near_in(WIDEST)
     atol = (4 * accuracy + 64 * float(jnp.finfo(WIDEST).eps)) * scale
     np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 

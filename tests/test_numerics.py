@@ -33,7 +33,7 @@ def eps(dtype) -> float:
 
 def close(case: Case, got, want: np.ndarray, dtype, factor: float = 1) -> None:
     """Checks a projection against its reference, which is in float64."""
-    near = case.near * (1e-9 if dtype == jnp.float64 else 1)
+    near = case.near_in(dtype)
     assert np.all(np.isfinite(want))
     largest = np.max(np.abs(want), initial=0)
     tiny = float(jnp.finfo(dtype).smallest_subnormal)

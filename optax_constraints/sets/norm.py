@@ -204,9 +204,11 @@ class _NormSet(InParts, UnitSet):
         return self._norms_of_sum(params, updates, Units.one(params))
 
     def _norms_of_sum(self, params: Parts, updates: Parts, units: Units) -> jax.Array:
+        return self._norms(self._limited(params, updates, units), units, _numerics.plain_norm)
+
+    def _limited(self, params: Parts, updates: Parts, units: Units) -> Parts:
         limit = _square_limit(self._size(params, units))
-        total = tuple(_limited_sum(p, u, limit) for p, u in zip(params, updates, strict=True))
-        return self._norms(total, units, _numerics.plain_norm)
+        return tuple(_limited_sum(p, u, limit) for p, u in zip(params, updates, strict=True))
 
     def _factor(self, norm: jax.Array, memory: Any) -> jax.Array:
         return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
@@ -240,15 +242,15 @@ class _NormSet(InParts, UnitSet):
         return tuple(_scaled_update(p, u, limit, scale) for p, u in pairs), memory
 
     def taken(
-        self, params: Any, prepared: Any, memory: Any = ()
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, params: jax.Array, updates: jax.Array, prepared: Any, memory: Any = ()
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """From the norms of the sum."""
-        parts = params if isinstance(params, tuple) else (params,)
-        units = Units.one(parts) if isinstance(params, tuple) else self._units(params)
+        total = self._limited((params,), (updates,), self._units(params))[0]
         scale = self._factor(prepared, memory)
-        lengths = prepared * self._one(self._size(parts, units)) * jnp.abs(1 - scale)
+        unit = self._one(self._size((params,), self._units(params)))
+        lengths = prepared * unit * jnp.abs(1 - scale)
         at_bound = self._reaches(prepared * scale, prepared.dtype)
-        return _numerics.norm(lengths, None).reshape(()), at_bound
+        return total, _numerics.norm(lengths, None).reshape(()), at_bound
 
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """The units whose norm is a bound, up to rounding; None if that is relative to init."""

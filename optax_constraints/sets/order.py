@@ -266,7 +266,7 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
 
         def same(size: int, level: jax.Array, copies: int) -> jax.Array:
             block = jnp.arange(size, dtype=jnp.int32) >> level
-            matrix = (block[:, None] == block).astype(x.dtype)
+            matrix = (block[:, None] == block[None, :]).astype(x.dtype)
             return jnp.broadcast_to(matrix, (copies, size, size))
 
         within = same(inner, jnp.minimum(level + 1, inner_bits), 2 * outer)

@@ -32,7 +32,7 @@ class Case:
     elementwise sets and for those with an axis."""
     near: float = 1e-7
     """How near to the nearest point the result is in float32, relative to the largest entry;
-    in float64 1e-9 times that. The rounding to the dtype of the weights comes on top."""
+    `near_in` has it for other dtypes. The rounding to the dtype of the weights comes on top."""
     slack: float = 4
     """How far outside, in eps of the dtype, the weights may be after a step."""
     nearest: bool = True
@@ -43,6 +43,13 @@ class Case:
 
     def __str__(self) -> str:
         return repr(self.constraint).replace("\n", "")[:80]
+
+    def near_in(self, dtype) -> float:
+        """`near` for weights of a dtype; projections of half precision are in float32."""
+        if dtype != jnp.float64:
+            return self.near
+        # The reference rounds in float64, too.
+        return 2 * self.near * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.float32).eps)
 
     @property
     def unit_axes(self) -> tuple[int, ...]:
