@@ -9,14 +9,14 @@ export OPENBLAS_NUM_THREADS := 1
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 PYTEST := python -m pytest -n 2 --dist worksteal
 # Compiling takes most of the time of the tests. `make test` has everything compiled with less
-# optimization, and `make test-all` has what looks at numbers compiled as users compile it.
+# optimization, and `make test-all` has the promises of all sets compiled as users compile them, in
+# float32 and half precision, and the tests of each family, in float64.
 QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1
-NUMBERS := $(call tests,numerics properties feasible known_answers keras_parity simplex order \
-	matrix spectral elementwise combinators tangent cones groups numbers)
-REST := $(filter-out $(NUMBERS),$(sort $(wildcard tests/test_*.py))) optax_constraints
-# What depends on the dtype runs in float64, too.
-FLOAT64 := $(filter-out %feasible.py %keras_parity.py %groups.py %numbers.py,$(NUMBERS))
+PROMISES := $(call tests,numerics properties feasible keras_parity)
+FAMILIES := $(call tests,known_answers simplex section order sequence polyhedron matrix transport \
+	spectral scaled operator elementwise pattern around combinators tangent cones groups numbers)
+REST := $(filter-out $(PROMISES) $(FAMILIES),$(sort $(wildcard tests/test_*.py))) optax_constraints
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
@@ -44,17 +44,18 @@ test: .venv/.tests
 test-all: test-left-out test-float64 test-floor test-newest
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) $(NUMBERS)
-	$(BIN)/$(PYTEST) -m "slow or float16" $(REST)
+	$(BIN)/$(PYTEST) $(PROMISES)
+	$(call quickly,$(BIN)) -m "slow or float16" $(FAMILIES) $(REST)
 
 test-float64: .venv/.tests
-	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" $(FLOAT64)
+	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" \
+		$(filter-out %operator.py %groups.py %numbers.py,$(FAMILIES))
 	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" \
-		$(call tests,project memory pytrees modes)
+		$(call tests,numerics properties project memory pytrees modes)
 
-# The same tests on the lowest versions that pyproject.toml allows, in float32.
+# The same promises on the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
-	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16" tests
+	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16" $(PROMISES) $(REST)
 
 # And on the newest versions, which need a newer Python than python3 may be: the newest one on
 # this machine is taken. If there is none, .venv has the newest versions already.

@@ -27,6 +27,9 @@ TALL, SQUARE = (6, 4), (5, 5)
 ROWS, BATCH = 48, 8
 NORMAL = np.linspace(0.5, 1.5, 6)
 UPPER = np.linspace(0.05, 0.3, 24).reshape(6, 4)
+SIGNS = np.sign(np.linspace(-1, 1, 6))[:, None]
+EQUATIONS = np.stack([NORMAL, np.cos(np.arange(6))])
+INEQUALITIES, LIMITS = np.stack([NORMAL, -np.ones(6), np.cos(np.arange(6))]), [0.3, 0.2, 0.1]
 
 
 def columns(condition: Callable[[Any], list]) -> Callable[[Any], list]:
@@ -39,15 +42,46 @@ SETS: dict[str, tuple[oc.Constraint, tuple[int, int], Callable[[Any], list]]] = 
     "box": (oc.box(-0.1, UPPER), TALL, lambda w: [w >= -0.1, w <= UPPER]),
     "mask": (oc.mask(UPPER > 0.15), TALL, lambda w: [cp.multiply(w, UPPER <= 0.15) == 0]),
     "zero_diagonal": (oc.zero_diagonal(), SQUARE, lambda w: [cp.diag(w) == 0]),
+    "sign": (oc.sign(SIGNS), TALL, lambda w: [cp.multiply(SIGNS, w) >= 0]),
     "max_norm": (oc.max_norm(0.4), TALL, columns(lambda w: [cp.norm(w) <= 0.4])),
     "max_rms": (oc.max_rms(0.15), TALL, lambda w: [cp.norm(w, "fro") <= 0.15 * 24**0.5]),
     "simplex": (oc.simplex(), TALL, columns(lambda w: [w >= 0, cp.sum(w) == 1])),
     "l1_ball": (oc.l1_ball(0.5), TALL, columns(lambda w: [cp.norm1(w) <= 0.5])),
+    "box_section": (
+        oc.box_section(-0.1, 0.3, NORMAL, 0.5),
+        TALL,
+        columns(lambda w: [w >= -0.1, w <= 0.3, NORMAL @ w == 0.5]),
+    ),
+    "polyhedron": (
+        oc.polyhedron(INEQUALITIES, LIMITS),
+        TALL,
+        columns(lambda w: [INEQUALITIES @ w <= LIMITS]),
+    ),
     "sum_to": (oc.sum_to(1.0), TALL, columns(lambda w: [cp.sum(w) == 1])),
     "center_around": (oc.center_around(0.2), TALL, lambda w: [cp.sum(w) == 0.2 * 24]),
     "hyperplane": (oc.hyperplane(NORMAL, 0.5), TALL, columns(lambda w: [NORMAL @ w == 0.5])),
+    "affine": (
+        oc.affine(EQUATIONS, [0.5, 0.1]),
+        TALL,
+        columns(lambda w: [EQUATIONS @ w == [0.5, 0.1]]),
+    ),
     "half_space": (oc.half_space(NORMAL, -0.5), TALL, columns(lambda w: [NORMAL @ w <= -0.5])),
     "monotone": (oc.monotone(), TALL, columns(lambda w: [cp.diff(w) >= 0])),
+    "lattice": (
+        oc.monotone(axis=(0, 1)),
+        TALL,
+        lambda w: [cp.diff(w) >= 0, cp.diff(w, axis=1) >= 0],
+    ),
+    "convex_sequence": (
+        oc.convex_sequence(),
+        TALL,
+        columns(lambda w: [cp.diff(w, 2) >= 0]),
+    ),
+    "concave_sequence": (
+        oc.concave_sequence(),
+        TALL,
+        columns(lambda w: [cp.diff(w, 2) <= 0]),
+    ),
     "symmetric": (oc.symmetric(), SQUARE, lambda w: [w == w.T]),
     "skew_symmetric": (oc.skew_symmetric(), SQUARE, lambda w: [w == -w.T]),
     "positive_semidefinite": (oc.positive_semidefinite(), SQUARE, lambda w: [w == w.T, w >> 0]),
@@ -56,12 +90,31 @@ SETS: dict[str, tuple[oc.Constraint, tuple[int, int], Callable[[Any], list]]] = 
         SQUARE,
         lambda w: [w >= 0, cp.sum(w, 0) == 1, cp.sum(w, 1) == 1],
     ),
+    "transport": (
+        oc.transport([0.5, 0.3, 0.2, 0.4, 0.1, 0.5], [0.7, 0.3, 0.6, 0.4]),
+        TALL,
+        lambda w: [
+            w >= 0,
+            cp.sum(w, 1) == [0.5, 0.3, 0.2, 0.4, 0.1, 0.5],
+            cp.sum(w, 0) == [0.7, 0.3, 0.6, 0.4],
+        ],
+    ),
     "max_spectral_norm": (oc.max_spectral_norm(0.5), TALL, lambda w: [cp.sigma_max(w) <= 0.5]),
     "nuclear_norm_ball": (oc.nuclear_norm_ball(0.7), TALL, lambda w: [cp.normNuc(w) <= 0.7]),
     "radial": (
         oc.radial(),
         SQUARE,
         lambda w: [w == sum(cp.sum(cp.multiply(r, w)) / r.sum() * r for r in rings())],
+    ),
+    "tied": (
+        oc.tied(lambda shape: np.subtract.outer(*map(np.arange, shape))),
+        SQUARE,
+        lambda w: [w[1:, 1:] == w[:-1, :-1]],
+    ),
+    "around": (
+        oc.around(oc.max_norm(0.3), 0.2 * np.ones(TALL)),
+        TALL,
+        columns(lambda w: [cp.norm(w - 0.2) <= 0.3]),
     ),
     "part": (oc.part(oc.non_neg(), ":3"), TALL, lambda w: [w[:3] >= 0]),
     "compose": (

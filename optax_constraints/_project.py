@@ -65,7 +65,8 @@ def project(
         strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
             in part.
         stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
-            is one more pass over each constrained leaf.
+            is one more pass over each constrained leaf; under sets that are neither norms nor
+            elementwise, with the weights of before and after the projection beside each other.
         keep_params: Whether the state has a copy of the constrained leaves, for loops that call
             ``tx.update(grads, state)`` alone. It is exact as long as nothing else changes them.
 

@@ -27,7 +27,8 @@ class LeafStats(NamedTuple):
     """What `stats` has of one constrained leaf, or of a group of leaves: four scalars."""
 
     update: jax.Array
-    """Euclidean norm of the update that came in, in float32 or float64."""
+    """Euclidean norm of the update that came in, in float32 or float64; up to the rounding of
+    the weights where these are in such a dtype, too."""
     correction: jax.Array
     """Euclidean norm of what the projection took away: of ``(p + u) - P(p + u)``."""
     units: jax.Array
@@ -44,8 +45,8 @@ def stats(state: Any) -> dict[str, LeafStats]:
     ``every=k`` they are those of the last step that projected, whose correction is that of k
     updates.
 
-    `update` and `correction` are of weights as they are stored: an update that rounding
-    swallows is no correction. For SGD without momentum, `correction` over the learning rate
+    `correction` is of weights as they are stored: an update that rounding swallows is none.
+    So is `update` under norms and elementwise sets, for weights in float32 or float64. For SGD without momentum, `correction` over the learning rate
     comes to the norm of the constraint's Lagrange multipliers at the optimum. A `correction`
     near `update` says that the optimizer pushes into the bound and does little else.
 

@@ -81,6 +81,10 @@ class Visit(NamedTuple):
     """What is remembered of them, or ()."""
 
 
+# A single array that does not move has None for all of its updates.
+_NO_UPDATES: Any = object()
+
+
 class Bindings:
     """Rules bound to one tree: what each verb walks over.
 
@@ -196,7 +200,7 @@ class Bindings:
         *,
         step: jax.typing.ArrayLike,
         extra: Mapping[str, Any] | None,
-        updates: Any = None,
+        updates: Any = _NO_UPDATES,
     ) -> tuple[Any, dict[str, Any]]:
         """Puts something else in the place of each constrained leaf.
 
@@ -214,14 +218,14 @@ class Bindings:
             updates; and by key what constraints now remember.
         """
         treedef = jax.tree.structure(params)
-        new = jax.tree.leaves(params) if updates is None else treedef.flatten_up_to(updates)
+        new = jax.tree.leaves(params) if updates is _NO_UPDATES else treedef.flatten_up_to(updates)
         kept = {}
         visits = self.visits(params, memory, step=step, extra=extra)
         for key, (bound, constraint, weights, own) in zip(self._keys, visits, strict=True):
             if constraint is None:
                 continue
             result = bound.of(new)
-            if updates is None:
+            if updates is _NO_UPDATES:
                 result, own = function(constraint, weights, own)
             elif _moves(bound, [new[place] for place in bound.places]):
                 update = jax.tree.map(jnp.asarray, result)

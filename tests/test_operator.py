@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import float64
+from cases import bits, float64
 from flax import nnx
 from jax import lax
 from sklearn.datasets import load_digits
 
 import optax_constraints as oc
 from optax_constraints import flax as ocf
-from optax_constraints._axes import Convolution, LeafLayout
+from optax_constraints._axes import LeafLayout
+from optax_constraints.sets.operator import Convolution
 
 EXPLICIT: dict[str, Any] = {"strides": 1, "padding": "SAME", "dilation": 1, "groups": 1}
 
@@ -281,6 +282,18 @@ def test_errors_when_bound(constraint, layout, message):
 def test_what_agrees_with_the_layout_may_be_said_again():
     again = oc.max_operator_norm(1.0, strides=1, padding="VALID", dilation=(1, 1), groups=1)
     bind(again, told(padding=((1, 1), (1, 1))))
+
+
+def test_text_is_the_number_that_it_stands_for():
+    kernel = normal(3, 3, 4, 4)  # fan_in is 36
+    got, want = (
+        oc.constrain({"Conv_0": {"kernel": kernel}}, oc.max_operator_norm(n, **EXPLICIT))
+        for n in ("sqrt(fan_in) / 4", 1.5)
+    )
+    got, want = (tree["Conv_0"]["kernel"] for tree in (got, want))
+    assert bits(got) == bits(want) != bits(kernel)
+    with pytest.raises(ValueError, match=r"max_value='fan_in - 40'.* is -4, which is not allowed"):
+        oc.max_operator_norm("fan_in - 40", **EXPLICIT).settle("Conv_0/kernel", kernel.shape)
 
 
 def test_a_dense_kernel_is_no_convolution():

@@ -234,6 +234,16 @@ def test_leaves_without_an_update():
     assert radial(params["a"] + jnp.asarray(updates["a"]), trace["a"]) < 1e-6
 
 
+def test_a_single_array_may_have_no_moment():
+    # Muon leaves this one to Adam, and has nothing in its place.
+    tx = oc.projected(optax.contrib.muon(0.1), oc.unit_norm())
+    w = oc.unit_norm()(jnp.array([3.0, 4.0]))
+    updates, state = tx.update(jnp.array([1.0, 0.0]), tx.init(w), w)
+    w = optax.apply_updates(w, updates)
+    moments = [m for m in jax.tree.leaves(state) if m.shape == w.shape]
+    assert min(abs(float(jnp.vdot(m, w))) for m in moments) < 1e-6
+
+
 def test_it_is_compiled_once():
     tx = oc.projected(ADAM, RULES)
     calls = []
