@@ -97,7 +97,7 @@ OTHERS = {
     "max_spectral_norm": oc.max_spectral_norm(1.0),
     "max_spectral_norm by scaling": oc.max_spectral_norm(1.0, method="scale"),
     "fixed_spectral_norm": oc.fixed_spectral_norm(1.0),
-    "max_operator_norm": oc.max_operator_norm(1.0, strides=1, padding="SAME"),
+    "max_operator_norm": oc.max_operator_norm(1.0, strides=1, padding="SAME", dilation=1, groups=1),
     "nuclear_norm_ball": oc.nuclear_norm_ball(2.0),
     "low_rank": oc.low_rank(3),
     "symmetric": oc.symmetric(),

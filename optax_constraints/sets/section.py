@@ -178,7 +178,7 @@ def _multiplier(
     start = jnp.maximum(jnp.minimum(start, high), low)
     start = jnp.where(done | ~jnp.isfinite(start), 0, start)
     low, high = (jnp.where(done | jnp.isnan(end), 0, end) for end in (low, high))
-    over, under = (jnp.broadcast_to(far, start.shape) for far in (over, under))
+    over, under = (far + jnp.zeros_like(start) for far in (over, under))
     size = units.sum(each(lambda x, a: jnp.abs(x * a), x, section.normal))
     noise = sum_rounding(x[0]) * jnp.minimum(size, most)
     noise = jnp.where(noise < jnp.inf, noise, 0)
@@ -252,7 +252,8 @@ def _movable(
     near = sum_rounding(x) * (jnp.abs(x) + jnp.abs(first))
     between = (jnp.maximum(first, last) > lower - near) & (jnp.minimum(first, last) < upper + near)
     between = jnp.where(low < high, between, (lower < y) & (y < upper))
-    return between & jnp.where(beyond * a > 0, y > lower, y < upper)
+    up = beyond * a > 0
+    return between & ((up & (y > lower)) | (~up & (y < upper)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
