@@ -177,7 +177,8 @@ def norm_of(make: Callable[..., Any], *trees: Any, squares: jax.Array | None = N
             # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
             return jnp.sum(jnp.abs(leaves[0]))
         parts = [row_sums(*(jnp.square(x * s) for s in _scales(x.dtype))) for x in leaves]
-        return norm_by_sums(squares, *map(sum, zip(*parts, strict=True)))
+        huge, tiny = (functools.reduce(operator.add, own) for own in zip(*parts, strict=True))
+        return norm_by_sums(squares, huge, tiny)
 
     def conditional(squares: jax.Array, trees: Any) -> jax.Array:
         unsafe = (squares == jnp.inf) | _may_have_underflowed(squares)

@@ -45,10 +45,11 @@ def stats(state: Any) -> dict[str, LeafStats]:
     ``every=k`` they are those of the last step that projected, whose correction is that of k
     updates.
 
-    `correction` is of weights as they are stored: an update that rounding swallows is none.
-    So is `update` under norms and elementwise sets, for weights in float32 or float64. For SGD without momentum, `correction` over the learning rate
-    comes to the norm of the constraint's Lagrange multipliers at the optimum. A `correction`
-    near `update` says that the optimizer pushes into the bound and does little else.
+    `correction` is of weights as they are stored: an update that rounding swallows is none. So
+    is `update` under norms and elementwise sets, for weights in float32 or float64. For SGD
+    without momentum, `correction` over the learning rate comes to the norm of the constraint's
+    Lagrange multipliers at the optimum. A `correction` near `update` says that the optimizer
+    pushes into the bound and does little else.
 
     Args:
         state: The state of an optimizer with `project(rules, stats=True)` in it, or a
