@@ -9,8 +9,7 @@ export OPENBLAS_NUM_THREADS := 1
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 PYTEST := python -m pytest -n 2 --dist worksteal
 # Compiling takes most of the time of the tests. `make test` has everything compiled with less
-# optimization, and `make test-all` has the promises of all sets compiled as users compile them, in
-# float32 and half precision, and the tests of each family, in float64.
+# optimization, and `make test-all` has the promises of all sets compiled as users compile them.
 QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics properties feasible keras_parity)
@@ -48,10 +47,9 @@ test-left-out: .venv/.tests
 	$(call quickly,$(BIN)) -m "slow or float16" $(FAMILIES) $(REST)
 
 test-float64: .venv/.tests
-	JAX_ENABLE_X64=1 $(BIN)/$(PYTEST) -m "not slow" \
-		$(filter-out %operator.py %groups.py %numbers.py,$(FAMILIES))
 	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" \
-		$(call tests,numerics properties project memory pytrees modes)
+		$(call tests,numerics properties project memory) \
+		$(filter-out %operator.py %groups.py %numbers.py,$(FAMILIES))
 
 # The same promises on the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
