@@ -175,7 +175,7 @@ def norm_of(make: Callable[..., Any], *trees: Any, squares: jax.Array | None = N
         leaves = made(trees)
         if sum(x.size for x in leaves) == 1:
             # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
-            return jnp.sum(jnp.abs(leaves[0]))
+            return functools.reduce(operator.add, (jnp.sum(jnp.abs(x)) for x in leaves))
         parts = [row_sums(*(jnp.square(x * s) for s in _scales(x.dtype))) for x in leaves]
         huge, tiny = (functools.reduce(operator.add, own) for own in zip(*parts, strict=True))
         return norm_by_sums(squares, huge, tiny)

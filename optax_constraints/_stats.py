@@ -203,7 +203,8 @@ def of_entries(
         return _minus(total, allowed(total))
 
     at_bound = constraint.on_bound(allowed(total))
-    if at_bound is not None and not isinstance(total, tuple):
+    # Of a part, fewer entries count.
+    if at_bound is not None and at_bound.shape == getattr(total, "shape", None):
         squares, count = row_sums(jnp.square(away(total)), at_bound.astype(jnp.int32))
         correction = norm_of(away, total, squares=squares)
         return LeafStats(length, correction, jnp.int32(at_bound.size), count)

@@ -93,6 +93,25 @@ def test_units_at_their_bound():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_entries_of_a_part_of_a_single_number_and_of_a_group(dtype):
+    params = {"w": [0.5, 1.0, -3.0], "s": 1.0, "a": [1.0, 2.0], "b": [1.0, 1.0]}
+    updates = {"w": [-1.0, 1.0, 1.0], "s": -3.0, "a": [-2.0, 0.0], "b": [0.0, -4.0]}
+    rules = {
+        "w": oc.part(oc.non_neg(), ":2"),
+        "s": oc.non_neg(),
+        oc.across("a", "b"): oc.non_neg(),
+    }
+    params, updates = (
+        {name: jnp.asarray(x, dtype) for name, x in tree.items()} for tree in (params, updates)
+    )
+    found, _, _ = one_step(rules, params, updates)
+    (group,) = (leaf for name, leaf in found.items() if name not in ("w", "s"))
+    want = {(3**0.5, 0.5, 2, 1): found["w"], (3, 2, 1, 1): found["s"], (20**0.5, 10**0.5): group}
+    for numbers, leaf in want.items():
+        np.testing.assert_allclose(leaf[: len(numbers)], numbers, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_allowed_updates_are_no_correction(dtype):
     # In bfloat16 most of such an update is lost in the weights, and that is not the constraint.
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
