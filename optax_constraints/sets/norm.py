@@ -98,10 +98,10 @@ class _NormSet(InParts, UnitSet):
         against = tuple(map(jnp.negative, v))
         inner = -self._over_devices(units.sum(tuple(map(jnp.multiply, w, against))))
         norm = jnp.sqrt(squares) / self._one(self._size(w, units))
-        known = self.remembers and not isinstance(memory, tuple)
-        at_init: Any = memory if known else norm
+        at_init: Any = memory if self.remembers and not isinstance(memory, tuple) else norm
         bound = self._bound(norm.dtype, at_init)
-        off = inner / jnp.where((squares > 0) & (squares < jnp.inf), squares, jnp.inf)
+        known = (squares > 0) & (squares < jnp.inf)
+        off = jnp.where(known, inner / jnp.where(known, squares, 1), 0)
         if not self.smooth:
             at_bound = norm >= bound * (1 - 2 * rounding - _tolerance(norm)) - slack
             off = jnp.where(at_bound, jnp.maximum(off, 0), 0)
