@@ -15,7 +15,7 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 PROMISES := $(call tests,numerics properties feasible keras_parity)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
 # What may come out otherwise with other versions of JAX, Optax and Flax.
-VERSIONS := $(call tests,numerics project projected memory pytrees stats straight_through tangent \
+VERSIONS := $(call tests,project projected memory pytrees stats straight_through tangent \
 	wrappers composition resume private package first_steps layout flax_linen flax_nnx flax_bridge \
 	flax_signatures)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
@@ -45,7 +45,7 @@ test: .venv/.tests
 test-all: test-left-out test-float64 test-floor test-newest
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -k "not eager" $(PROMISES)
+	$(BIN)/$(PYTEST) -k "not eager or float16" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
 		$(filter-out $(PROMISES),$(sort $(wildcard tests/test_*.py))) optax_constraints
 
@@ -55,7 +55,8 @@ test-float64: .venv/.tests
 
 # On the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
-	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16 and not eager" $(VERSIONS)
+	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16 and not eager" \
+		$(call tests,numerics) $(VERSIONS)
 
 # And on the newest versions, which need a newer Python than python3 may be: the newest one on
 # this machine is taken. If there is none, .venv has the newest versions already.
