@@ -65,10 +65,14 @@ def _may_have_underflowed(squares: jax.Array) -> jax.Array:
     return squares < 2.0 ** (-5 * int(jnp.finfo(squares.dtype).maxexp) // 8)
 
 
+def _left_its_range(squares: jax.Array) -> jax.Array:
+    return (squares == jnp.inf) | _may_have_underflowed(squares)
+
+
 def _fallback_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The same, with the scaled sums taken only when there is a unit that needs them."""
     return lax.cond(
-        jnp.any((squares == jnp.inf) | _may_have_underflowed(squares)),
+        jnp.any(_left_its_range(squares)),
         functools.partial(_three_range_norm, axis=axis),
         lambda x, squares: jnp.sqrt(squares),
         x,
@@ -181,8 +185,8 @@ def norm_of(make: Callable[..., Any], *trees: Any, squares: jax.Array | None = N
         return norm_by_sums(squares, huge, tiny)
 
     def conditional(squares: jax.Array, trees: Any) -> jax.Array:
-        unsafe = (squares == jnp.inf) | _may_have_underflowed(squares)
-        return lax.cond(unsafe, fallback, lambda squares, _: jnp.sqrt(squares), squares, trees)
+        scaled = _left_its_range(squares)
+        return lax.cond(scaled, fallback, lambda squares, _: jnp.sqrt(squares), squares, trees)
 
     if squares is None:
         rows = [sum_of_squares(x, (-1,)) for x in made(trees)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optax_constraints._constraint import Constraint
 from optax_constraints._numerics import compute_dtype, norm_of, row_sums, stored
 from optax_constraints._rules import Binder
+from optax_constraints._sharding import vary_like
 from optax_constraints._text import shown
 from optax_constraints._trees import OtherStructureError, rearranged, without_boxes, without_saved
 from optax_constraints._walk import (
@@ -205,7 +206,9 @@ def of_entries(
     at_bound = constraint.on_bound(allowed(total))
     # Of a part, fewer entries count.
     if at_bound is not None and at_bound.shape == getattr(total, "shape", None):
-        squares, count = row_sums(jnp.square(away(total)), at_bound.astype(jnp.int32))
+        terms = jnp.square(away(total)), at_bound.astype(jnp.int32)
+        # Which entries are held may be a constant, and the same on all devices.
+        squares, count = row_sums(*vary_like(terms, total))
         correction = norm_of(away, total, squares=squares)
         return LeafStats(length, correction, jnp.int32(at_bound.size), count)
     return LeafStats(length, norm_of(away, total), *_counts(at_bound))

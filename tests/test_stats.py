@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import CASES, bits, float64
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import optax_constraints as oc
 from optax_constraints import flax as ocf
@@ -78,6 +79,25 @@ def test_values(case, dtype):
     else:
         assert (leaf.units, leaf.at_bound) == (at_bound.size, at_bound.sum())
         assert leaf.at_bound > 0
+
+
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 7),
+    reason="before JAX 0.7 zeros like an array that varies do not, and loops cannot start there",
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inside_of_shard_map(case):
+    # What JAX complains of while it traces needs no program.
+    tx = oc.project({"w": case.constraint}, stats=True)
+
+    def step(w, u):
+        _, state = tx.update({"w": u}, tx.init({"w": w}), {"w": w})
+        return jax.tree.map(lambda x: x[None], oc.stats(state)["w"])
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    w = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    assert [x.shape for x in jax.eval_shape(sharded, w, w)] == 4 * [(1,)]
 
 
 def test_units_at_their_bound():

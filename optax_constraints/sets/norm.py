@@ -245,9 +245,10 @@ class _NormSet(InParts, UnitSet):
         self, params: jax.Array, updates: jax.Array, prepared: Any, memory: Any = ()
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """From the norms of the sum."""
-        total = self._limited((params,), (updates,), self._units(params))[0]
+        units = self._units(params)
+        (total,) = self._limited((params,), (updates,), units)
         scale = self._factor(prepared, memory)
-        unit = self._one(self._size((params,), self._units(params)))
+        unit = self._one(self._size((params,), units))
         lengths = prepared * unit * jnp.abs(1 - scale)
         at_bound = self._reaches(prepared * scale, prepared.dtype)
         return total, _numerics.norm(lengths, None).reshape(()), at_bound
