@@ -1,4 +1,4 @@
-"""The API reference: pages that autodoc fills from the docstrings, by verb, family and framework."""
+"""The API reference by verb, family and framework: pages that autodoc fills."""
 
 import importlib
 import inspect
@@ -17,15 +17,19 @@ from optax_constraints._constraint import own_classes
 GROUPS = {
     "verbs": (
         "Verbs",
-        ["project", "projected", "constrain", "tangent", "straight_through", "violations", "report"]
-        + ["assert_feasible", "stats", "scale_by_unit_adam"],
+        [
+            *("project", "projected", "constrain", "tangent", "straight_through", "violations"),
+            *("report", "assert_feasible", "stats", "scale_by_unit_adam"),
+        ],
     ),
     "rules": ("Rules", ["across", "joint", "of_layer", "rules_from_tree", "arg"]),
     "configs": ("Names and configs", ["get", "serialize", "deserialize", "register"]),
     "classes": (
         "Base class, states and results",
-        ["Constraint", "Report", "LeafStats", "ProjectState", "TangentState"]
-        + ["ScaleByUnitAdamState"],
+        [
+            *("Constraint", "Report", "LeafStats"),
+            *("ProjectState", "TangentState", "ScaleByUnitAdamState"),
+        ],
     ),
 }
 
@@ -82,18 +86,19 @@ def set_page(cls: type, picture: str | None) -> str:
     alias = snake_case(cls.__name__)
     marks = {flag: inspect.getattr_static(cls, flag) for flag in catalogue.MARKS}
     words = {"convex": "convex", "smooth": "smooth", "elementwise": "exact in every dtype"}
-    words["loses_steps"] = "loses small steps: train with `straight_through`"
     promises = [words[flag] for flag, value in marks.items() if value is True]
-    depends = [words[flag].split(":")[0] for flag, value in marks.items() if isinstance(value, property)]
+    depends = [words[flag] for flag, value in marks.items() if isinstance(value, property)]
     lines = [
         title(alias),
         HEADER.format(module="optax_constraints"),
         f".. py:data:: {alias}\n   :no-typesetting:\n",
     ]
     if promises:
-        lines.append(f"*Is* {', '.join(promises)}.\n")
+        lines.append(f"*Promises:* {', '.join(promises)}.\n")
     if depends:
-        lines.append(f"*By its arguments* {', '.join(depends)}.\n")
+        lines.append(f"*Depending on its arguments:* {', '.join(depends)}.\n")
+    if catalogue.loses_steps(cls):
+        lines.append("*Small steps are lost:* train with `straight_through`.\n")
     if picture:
         lines.append(f".. image:: /{picture}\n   :alt: Points and their projections onto {alias}\n")
     lines.append(f".. autoclass:: {cls.__name__}\n")
@@ -141,9 +146,14 @@ def pages(pictures: dict[str, str] | None = None) -> dict[str, str]:
             f"sets/{alias}": set_page(cls, pictures.get(alias))
             for alias, cls in zip(aliases, classes, strict=True)
         }
-        links = [f"* :py:obj:`{a}`: {catalogue.summary(c)}" for a, c in zip(aliases, classes, strict=True)]
         made[f"sets/{slug(heading)}"] = "\n".join(
-            [title(heading), HEADER.format(module="optax_constraints"), *links, "", toctree(aliases, "   :hidden:\n")]
+            [
+                title(heading),
+                HEADER.format(module="optax_constraints"),
+                *(f"* `{snake_case(cls.__name__)}`: {catalogue.summary(cls)}" for cls in classes),
+                "",
+                toctree(aliases, "   :hidden:\n"),
+            ]
         )
     others = {module.__name__: module_page(module) for module in modules()}
     made |= others
@@ -161,5 +171,3 @@ def write(folder: Path, pictures: dict[str, str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-
-

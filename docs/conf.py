@@ -88,7 +88,7 @@ def pictures() -> dict[str, str]:
     plot_set = getattr(optax_constraints, "plot_set", None)
     if plot_set is None or not importlib.util.find_spec("matplotlib"):
         return {}
-    return catalogue.draw(plot_set, DOCS / "_generated")
+    return gallery.draw(plot_set, DOCS / "_generated")
 
 
 def copy(source: Path, target: Path, links: dict[str, str]) -> None:
@@ -109,7 +109,9 @@ def generate(app: Any) -> None:
         if old.name not in {path.name for path in notebooks}:
             old.unlink()
     for path in notebooks:
-        copy(path, DOCS / "notebooks" / path.name, {"../docs/": "../", "../README.md": "../index.md"})
+        copy(
+            path, DOCS / "notebooks" / path.name, {"../docs/": "../", "../README.md": "../index.md"}
+        )
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         links = {"docs/": "../", "README.md": "../index.md"}
         copy(ROOT / f"{name}.md", DOCS / "project" / f"{name.lower()}.md", links)

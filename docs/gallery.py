@@ -1,10 +1,16 @@
-"""Cards for the notebooks, with the first picture of each."""
+"""Pictures of the sets, and cards for the notebooks with the first picture of each."""
 
 import base64
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import catalogue
+
+import optax_constraints as oc
+from optax_constraints._config import snake_case
 
 MARKER = "<!-- gallery -->"
 
@@ -52,7 +58,11 @@ def cards(notebooks: Path, images: Path) -> str:
     for path in paths:
         notebook = json.loads(path.read_text())
         title, sentence = heading(notebook, path.stem)
-        lines += [f":::{{grid-item-card}} {title}", f":link: notebooks/{path.stem}", ":link-type: doc"]
+        lines += [
+            f":::{{grid-item-card}} {title}",
+            f":link: notebooks/{path.stem}",
+            ":link-type: doc",
+        ]
         found = picture(notebook)
         if found:
             images.mkdir(parents=True, exist_ok=True)
@@ -60,3 +70,54 @@ def cards(notebooks: Path, images: Path) -> str:
             lines.append(f":img-top: {images.name}/{path.stem}.png")
         lines += ["", sentence, ":::", ""]
     return "\n".join([*lines, "::::", ""])
+
+
+# What is drawn of sets that have no defaults, or none that shows in two dimensions.
+EXAMPLES: dict[str, Any] = {
+    "max_rms": {"max_value": 1.0},
+    "fixed_norm": {"value": 1.0},
+    "fixed_rms": {"value": 1.0},
+    "min_max_norm": {"min_value": 0.5},
+    "box": {"lower": -1.0, "upper": 0.5},
+    "grid": {"values": (-1.0, 0.0, 1.0)},
+    "mask": {"mask": [1.0, 0.0]},
+    "sign": {"pattern": [1.0, -1.0]},
+    "tied": {"labels": [0, 0]},
+    "box_section": {"lower": 0.0, "upper": 0.7},
+    "sum_to": {"value": 1.0},
+    "center_around": {"ref_value": 0.5},
+    "hyperplane": {"normal": [1.0, 2.0], "offset": 1.0},
+    "half_space": {"normal": [1.0, 2.0], "offset": 1.0},
+    "affine": {"a": [[1.0, 2.0]], "b": [1.0]},
+    "polyhedron": {"g": [[1.0, 1.0], [-1.0, 0.0]], "h": [1.0, 0.5]},
+    "top_k": {"k": 1},
+    "nm": {"n": 1, "m": 2},
+    "soft": {"constraint": oc.max_norm(1.0), "rate": 0.5},
+    "around": {"constraint": oc.max_norm(0.7), "center": [0.5, 0.5]},
+    "scale": {"factor": 0.5},
+}
+
+
+def draw(plot_set: Callable[[oc.Constraint], Any], folder: Path) -> dict[str, str]:
+    """Draws the sets that `plot_set` can draw.
+
+    Args:
+        plot_set: A function from a constraint to a Matplotlib figure, which raises for sets that
+            do not show in two dimensions.
+        folder: Where the pictures go.
+
+    Returns:
+        The path of each picture in docs/, by alias.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for cls in (cls for family in catalogue.families().values() for cls in family):
+        alias = snake_case(cls.__name__)
+        path = folder / f"{alias}.svg"
+        if not path.exists():
+            try:
+                plot_set(cls(**EXAMPLES.get(alias, {}))).savefig(path, bbox_inches="tight")
+            except (TypeError, ValueError):  # no defaults, or not in two dimensions
+                continue
+        found[alias] = f"{folder.name}/{path.name}"
+    return found

@@ -31,9 +31,12 @@ class Unimodal(LineSet):
     exact, to the bit. Also known as unimodal regression (Q. Stout, "Unimodal regression via prefix
     isotonic regression", Comput. Stat. Data Anal. 53, 2008).
 
-    Costs what `Monotone` costs, and without a peak `n` times that, one after the other, for units
-    of `n` entries of which one is not allowed. A unit with an entry that is not finite becomes NaN.
-    The derivative is that for the peak found; at an allowed unit, the identity.
+    A unit with an entry that is not finite becomes NaN. The derivative is that for the peak found;
+    at an allowed unit, the identity.
+
+    Cost:
+        That of `Monotone`, and without a peak `n` times that for units of `n` entries. The `n` fits
+        run one after the other, and only if a unit is outside.
 
     Args:
         axis: The one axis along which entries have an order, or `"fan_in"` where that is one.
