@@ -81,6 +81,13 @@ def entries(module: types.ModuleType, heading: str, names: Iterable[str]) -> str
     return "\n".join([title(heading), header, *(entry(module, name) for name in names)])
 
 
+def signature(cls: type) -> str:
+    """The arguments of a set, which autodoc does not find behind `Constraint.__new__`."""
+    given = inspect.signature(cls)
+    plain = [p.replace(annotation=p.empty) for p in given.parameters.values()]
+    return str(given.replace(parameters=plain, return_annotation=given.empty))
+
+
 def set_page(cls: type, picture: str | None) -> str:
     """A page for one set."""
     alias = snake_case(cls.__name__)
@@ -94,14 +101,15 @@ def set_page(cls: type, picture: str | None) -> str:
         f".. py:data:: {alias}\n   :no-typesetting:\n",
     ]
     if promises:
-        lines.append(f"*Promises:* {', '.join(promises)}.\n")
+        lines.append(f"{', '.join(promises).capitalize()}.\n")
     if depends:
         lines.append(f"*Depending on its arguments:* {', '.join(depends)}.\n")
     if catalogue.loses_steps(cls):
         lines.append("*Small steps are lost:* train with `straight_through`.\n")
     if picture:
-        lines.append(f".. image:: /{picture}\n   :alt: Points and their projections onto {alias}\n")
-    lines.append(f".. autoclass:: {cls.__name__}\n")
+        alt = f"Points, and their projections onto {alias}"
+        lines.append(f".. image:: /{picture}\n   :alt: {alt}\n   :class: set\n")
+    lines.append(f".. autoclass:: {cls.__name__}{signature(cls)}\n")
     return "\n".join(lines)
 
 

@@ -16,14 +16,11 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
 import api  # noqa: E402
-import catalogue  # noqa: E402
 import gallery  # noqa: E402
 
 import optax_constraints  # noqa: E402
 
 project = "optax_constraints"
-author = "the authors of optax_constraints"
-project_copyright = author
 release = version = optax_constraints.__version__
 
 extensions = [
@@ -46,6 +43,7 @@ if os.environ.get("DOCS_INVENTORIES"):
 # Names in single backticks link to the reference where they are in it, and are code elsewhere.
 default_role = "py:obj"
 add_module_names = False
+toc_object_entries = False
 autodoc_typehints = "none"  # "Args" says it in words
 napoleon_custom_sections = ["Cost"]
 python_maximum_signature_line_length = 88
@@ -71,6 +69,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
+    "footer_content_items": [],
 }
 
 # Files outside of docs/ that guides link to, and where the site has them.
@@ -123,12 +122,22 @@ def guides(index: str) -> list[str]:
     return sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in named)
 
 
+def set_cell(match: re.Match[str]) -> str:
+    """The first cell of a row of the catalogue, with a link and, if there is one, a picture."""
+    call, alias = match.groups()
+    found = next((DOCS / "_generated").glob(f"{alias}.svg"), None)
+    shown = f"<br>![{alias}](_generated/{alias}.svg)" if found else ""
+    return f"| [{call}](reference/sets/{alias}.rst){shown} |"
+
+
 def read(app: Any, name: str, source: list[str]) -> None:
     """Links of a page as the site has them; on the front page also the gallery and all guides."""
     text = source[0]
     if "/" not in name:
         for old, new in ELSEWHERE.items():
             text = text.replace(f"]({old}", f"]({new}")
+    if name == "catalogue":
+        text = re.sub(r"^\| (`(\w+)\(.*?`) \|", set_cell, text, flags=re.MULTILINE)
     if name == "index":
         text = text.replace("<!-- more guides -->", "\n".join(guides(text)))
         notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
