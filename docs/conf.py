@@ -14,6 +14,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
+os.environ.setdefault("KERAS_BACKEND", "jax")  # optax_constraints.keras has no other
 
 import api  # noqa: E402
 import gallery  # noqa: E402
