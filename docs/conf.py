@@ -18,6 +18,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # optax_constraints.keras has no 
 
 import api  # noqa: E402
 import gallery  # noqa: E402
+import llms  # noqa: E402
 
 import optax_constraints  # noqa: E402
 
@@ -147,7 +148,18 @@ def read(app: Any, name: str, source: list[str]) -> None:
     source[0] = text
 
 
+def write_llms(app: Any, exception: Exception | None) -> None:
+    """Writes llms.txt beside the pages."""
+    if exception is None and app.builder.name == "html":
+        order = re.findall(r"^([\w-]+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+        names = [name for name in order if (DOCS / f"{name}.md").exists()]
+        names += guides((DOCS / "index.md").read_text())
+        text = llms.index(DOCS, names, sorted(set(api.pages()) - {"index"}))
+        (Path(app.outdir) / "llms.txt").write_text(text)
+
+
 def setup(app: Any) -> None:
     """Connects the above."""
+    app.connect("build-finished", write_llms)
     app.connect("builder-inited", generate)
     app.connect("source-read", read)
