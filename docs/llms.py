@@ -6,9 +6,9 @@ from pathlib import Path
 SUMMARY = """\
 # optax_constraints
 
-> Weight constraints for JAX. `project(rules)`, last in an Optax chain, puts parameters back into their sets after each
-> update; `rules` map patterns of parameter paths to sets. Any tree of arrays; Flax layers also take
-> `kernel_constraint=` and the like, as in Keras.
+> Weight constraints for JAX. `project(rules)`, last in an Optax chain, puts parameters back into
+> their sets after each update. `rules` map patterns of parameter paths to sets. It works for any
+> tree of arrays. Flax layers also take `kernel_constraint=` and the like, as in Keras.
 """
 
 
@@ -16,7 +16,7 @@ def first_sentence(text: str) -> str:
     """The first sentence below the title of a page, without its links."""
     below = text.partition("\n\n")[2].partition("\n\n")[0]
     plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(below.split()))
-    found = re.match(r".*?[.?!:](?= |$)", plain)
+    found = re.match(r".*?[.?!](?= |$)", plain)
     return found[0] if found else plain
 
 
@@ -35,7 +35,7 @@ def index(docs: Path, names: list[str], reference: list[str]) -> str:
     for name in names:
         text = (docs / f"{name}.md").read_text()
         title = text.splitlines()[0].removeprefix("# ")
-        lines.append(f"- [{title}](_sources/{name}.md.txt): {first_sentence(text)}")
+        lines.append(f"- [{title}](_sources/{name}.md): {first_sentence(text)}")
     lines += ["", "## API reference", ""]
     lines += [f"- [{name}](reference/{name}.html)" for name in reference]
     return "\n".join([*lines, ""])

@@ -147,8 +147,8 @@ def test_pictures_are_drawn_of_the_sets_that_have_one(tmp_path):
 def test_llms_txt_has_a_line_for_each_guide():
     names = [path.stem for path in sorted(DOCS.glob("*.md"))]
     text = llms.index(DOCS, names, ["verbs"])
-    assert all(f"](_sources/{name}.md.txt): " in text for name in names)
-    assert "- [Glossary](_sources/glossary.md.txt): " in text
+    assert all(f"](_sources/{name}.md): " in text for name in names)
+    assert "- [Glossary](_sources/glossary.md): " in text
     assert llms.first_sentence("# A\n\nSee [it](it.md). Then more.\n\nMore.") == "See it."
 
 
