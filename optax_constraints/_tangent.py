@@ -104,7 +104,8 @@ def tangent(
         return bound
 
     def init(params: Any) -> TangentState:
-        return TangentState(jnp.zeros((), jnp.int32), bound_to(params).remember(params))
+        bound_to(params)  # says what has no tangent
+        return TangentState(jnp.zeros((), jnp.int32), bind.start(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any

@@ -387,14 +387,14 @@ def _onto_rows(x: jax.Array, rows: jax.Array, point: jax.Array) -> jax.Array:
     far = ~stays & (jnp.square(taken / unit) - jnp.square(left / unit) > 0.9)
 
     def step(x: jax.Array, missed: jax.Array, where: jax.Array) -> jax.Array:
-        return x - _matmul(rows.T, jnp.where(where, missed, 0))
+        moved = x - _matmul(rows.T, jnp.where(where, missed, 0))
+        return jnp.where(where, jnp.where(finite, moved, jnp.nan), x)
 
     moved = step(x, missed, ~stays)
     # What a long step rounds away may be much beside a short result.
-    moved = lax.cond(
+    return lax.cond(
         jnp.any(far), lambda y: step(y, _residual(y, rows, point), far), lambda y: y, moved
     )
-    return jnp.where(stays, x, jnp.where(finite, moved, jnp.nan))
 
 
 @_onto_rows.defjvp
