@@ -57,9 +57,9 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
 ) -> dict[str, jax.Array]:
     """How far each constrained leaf is from its set. Runs under `jax.jit`.
 
-    After a projection that is zero, up to rounding. So it is a check of a training loop, and a
-    penalty for weights that nothing projects. How hard constraints bind while they are held is
-    in `stats`.
+    After a projection it is zero, up to rounding. Use it to check a training loop, or as a penalty
+    for weights that nothing projects. To see how hard constraints bind while they hold, use
+    `stats`.
 
     Args:
         params: Any tree of arrays.

@@ -29,9 +29,7 @@ class Around(Single):
     For fine-tuning that stays near pretrained weights: ``around(max_norm(0.1))`` for a distance,
     ``around(box(-0.01, 0.01))`` entry by entry, ``around(low_rank(8))`` for what a LoRA can add,
     ``around(top_k(1000))`` for few entries that change. Convex, smooth or elementwise where the
-    constraint inside is; the projection is ``c + P(w - c)``. Costs what that costs, and a pass
-    over the center; an elementwise set, which is asked seven times to round to the inside, costs
-    some ten times the arithmetic of `Box`.
+    constraint inside is; the projection is ``c + P(w - c)``.
 
     With `"init"` the center is the weights when `project` is initialised, which it keeps in its
     state: a copy of the leaf, sharded like it. Without that state, as in `constrain(params,
@@ -50,6 +48,10 @@ class Around(Single):
     inductive bias for transfer learning with convolutional networks", ICML 2018; H. Gouk,
     T. Hospedales and M. Pontil, "Distance-based regularisation of deep networks for
     fine-tuning", ICLR 2021, project onto balls around pretrained weights.
+
+    Cost:
+        That of the constraint inside, and a pass over the center. An elementwise set is asked seven
+        times, so that entries are rounded to the inside: some ten times the arithmetic of `Box`.
 
     Args:
         constraint: The constraint of the difference: anything that `get` accepts. Most allow a

@@ -81,13 +81,14 @@ class Single(Constraint):
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stacked(Single):
-    """Each slice along `axis` lies in the set of another constraint, by itself.
+    """Each slice along `axis` lies in the set of another constraint: ``{w : slice in S}``.
 
-    For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The
-    axes of the constraint inside are those of one slice, so `Stacked(max_norm(2.0))` bounds
-    the columns of each layer in a stack of Dense kernels (layers, in, out). Convex where the
-    constraint inside is. Costs what that costs: one `jax.vmap`, and not even that for the
-    norms.
+    For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The axes of
+    the constraint inside are those of one slice, so `Stacked(max_norm(2.0))` bounds the columns of
+    each layer in a stack of Dense kernels (layers, in, out). Convex where the constraint inside is.
+
+    Cost:
+        That of the constraint inside, under one `jax.vmap`. Norms do not even need that.
 
     Args:
         constraint: The constraint of one slice: anything that `get` accepts.
@@ -200,10 +201,12 @@ stacked = Stacked
 class Soft(Single):
     """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
 
-    What a hard projection does in one step, this does over about ``1 / rate`` of them: weights
-    that are pulled out of the set by each update stay a little outside. Weights inside come
-    back bit for bit. With a schedule from 0 to 1 a constraint fades in. Costs what the
-    constraint inside costs, and one more pass.
+    What a hard projection does in one step, this does over about ``1 / rate`` of them: weights that
+    are pulled out of the set by each update stay a little outside. Weights inside come back bit for
+    bit. With a schedule from 0 to 1 a constraint fades in.
+
+    Cost:
+        That of the constraint inside, and one more pass.
 
     Args:
         constraint: Anything that `get` accepts.
@@ -298,12 +301,14 @@ soft = Soft
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part(Single):
-    """One part of an array lies in the set of another constraint, and the rest is free.
+    """One part of an array lies in the set of another constraint: ``{w : w[index] in S}``.
 
-    For parameters that hold several things in one array: the gates of a recurrent kernel, a
-    fused query-key-value projection, the first columns that see certain inputs. The part is
-    what ``w[index]`` is in NumPy, and axes of the constraint inside are those of the part.
-    Costs what the constraint inside costs on the part, and a copy of the leaf.
+    For parameters that hold several things in one array: the gates of a recurrent kernel, a fused
+    query-key-value projection, the first columns that see certain inputs. The part is what
+    ``w[index]`` is in NumPy, and axes of the constraint inside are those of the part.
+
+    Cost:
+        That of the constraint inside on the part, and a copy of the leaf.
 
     Args:
         constraint: Anything that `get` accepts.
@@ -549,11 +554,13 @@ class Several(Constraint):
 class Compose(Several):
     """One projection after the other: ``... P_b(P_a(w))``.
 
-    Only the last constraint is sure to hold: its projection may lead out of the sets before
-    it, and where it does not, the result need not be the nearest point they share.
-    `Intersection` finds that for convex sets. Some pairs do compose into the projection onto
-    the intersection: `NonNeg` and then a bound on norms, or `Mask` and then anything that
-    keeps zeros. Costs what the constraints cost.
+    Only the last constraint is sure to hold: its projection may lead out of the sets before it, and
+    where it does not, the result need not be the nearest point they share. `Intersection` finds
+    that for convex sets. Some pairs do compose into the projection onto the intersection: `NonNeg`
+    and then a bound on norms, or `Mask` and then anything that keeps zeros.
+
+    Cost:
+        That of the constraints.
 
     Args:
         *constraints: Two or more, of anything that `get` accepts, in the order in which they

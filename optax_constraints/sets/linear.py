@@ -125,8 +125,11 @@ def _onto_plane_jvp(axis, half, primals, tangents):
 class SumTo(UnitSet):
     """Each unit sums to `value`: ``{w : sum(unit) = value}``.
 
-    A plane, so convex; the projection adds the same number to all entries of a unit, and is
-    the nearest point, exact up to rounding. Three sums over the weights, and one pass to add.
+    A plane, so convex; the projection adds the same number to all entries of a unit, and is the
+    nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         value: The sum of each unit.
@@ -166,8 +169,11 @@ sum_to = SumTo
 class CenterAround(UnitSet):
     """The mean of each unit is `ref_value`: ``{w : mean(unit) = ref_value}``.
 
-    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact
-    up to rounding. Costs what `SumTo` costs.
+    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact up to
+    rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         ref_value: The mean of each unit.
@@ -247,8 +253,11 @@ class _NormalSet(UnitSet):
 class Hyperplane(_NormalSet):
     """The inner product of each unit with `normal` is `offset`.
 
-    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal,
-    and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal, and
+    is the nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         normal: An array of the shape of one unit: the lengths of the leaf's axes in `axis`, in
@@ -291,8 +300,11 @@ hyperplane = Hyperplane
 class HalfSpace(_NormalSet):
     """The inner product of each unit with `normal` is at most `offset`.
 
-    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside
-    along the normal, and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside along
+    the normal, and is the nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         normal: An array of the shape of one unit, as for `Hyperplane`.
@@ -405,10 +417,12 @@ class Affine(UnitSet):
     misses none of them, combined to orthonormal ones, by more than 8 machine epsilons of the
     dtype of the sums, times the norm of the unit.
 
-    For conservation laws, interpolation conditions, zero sums over groups, or to keep what a
-    layer does to some inputs. Orthonormal rows are found once, when the set is made, in
-    float64. Then two products with them, and as many again where a result is much shorter than
-    the weights. A traced `a` is decomposed in each step, and its rows have to be independent.
+    For conservation laws, interpolation conditions, zero sums over groups, or to keep what a layer
+    does to some inputs. Orthonormal rows are found once, when the set is made, in float64.
+
+    Cost:
+        Two products with the rows of `a`. Two more where a result is much shorter than the weights.
+        A traced `a` is decomposed in each step, and its rows have to be independent.
 
     Args:
         a: An array of shape (equations, ...), each of its rows of the shape of one unit: the

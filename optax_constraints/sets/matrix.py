@@ -75,10 +75,12 @@ class _Mirrored(MatrixSet):
 class Symmetric(_Mirrored):
     """Each matrix is its own transpose: ``{W : W = W^T}``.
 
-    A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest
-    point, and its result is symmetric to the bit in every dtype. In a chain, symmetric weights
-    stay so to the bit, too; others are symmetric up to rounding after the first step. One pass
-    over the weights and their transpose.
+    A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest point, and
+    its result is symmetric to the bit in every dtype. In a chain, symmetric weights stay so to the
+    bit, too; others are symmetric up to rounding after the first step.
+
+    Cost:
+        One pass over the weights and their transpose.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -107,11 +109,13 @@ symmetric = Symmetric
 class SkewSymmetric(_Mirrored):
     """Each matrix is minus its transpose: ``{W : W = -W^T}``.
 
-    A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest
-    point, and its result is skew-symmetric to the bit in every dtype. In a chain,
-    skew-symmetric weights stay so to the bit, too; others are so up to rounding after the
-    first step. One pass over the weights and their transpose. The matrix exponential of such a
-    matrix is a rotation.
+    A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest point, and
+    its result is skew-symmetric to the bit in every dtype. In a chain, skew-symmetric weights stay
+    so to the bit, too; others are so up to rounding after the first step. The matrix exponential of
+    such a matrix is a rotation.
+
+    Cost:
+        One pass over the weights and their transpose.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -149,8 +153,10 @@ class PositiveSemidefinite(MatrixSet):
     1988), up to the rounding of the eigenvalues, which goes by the largest of them. The
     result is symmetric to the bit.
 
-    One Cholesky factorisation, which tells whether a matrix is in the set; if one of an array
-    is not, one eigendecomposition of each.
+    Cost:
+        One Cholesky factorisation, which tells whether a matrix is in the set, and an
+        eigendecomposition where it is not. If one matrix of an array is outside, all of them are
+        decomposed.
 
     Args:
         min_eigenvalue: The lower bound: a number, a JAX scalar or a schedule. With a positive
@@ -288,14 +294,17 @@ _project_positive = jax.jit(_positive)
 class Radial(Constraint):
     """The weights of each square window are the same at the same distance from its centre.
 
-    The window is the first two axes, as in the kernel (height, width, in, out) of a Conv2D;
-    the distance of an entry is ``max(|row - centre|, |column - centre|)``, so that a ring is
-    the border of a square, and each slice along the other axes has its own values. A linear
-    subspace: convex and smooth. The projection takes the mean of each ring, and is the
-    nearest point. Two passes over the weights.
+    ``{w : w[i] = w[j] where i and j lie on one ring}``. The window is the first two axes, as in the
+    kernel (height, width, in, out) of a Conv2D; the distance of an entry is ``max(|row - centre|,
+    |column - centre|)``, so that a ring is the border of a square, and each slice along the other
+    axes has its own values. A linear subspace: convex and smooth. The projection takes the mean of
+    each ring, and is the nearest point.
 
     The set is the one that the documentation of `tf.keras.constraints.RadialConstraint`
     shows; the code there copies values instead, and not those of its documentation.
+
+    Cost:
+        Two passes over the weights.
 
     Example:
         >>> import jax.numpy as jnp

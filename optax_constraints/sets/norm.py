@@ -330,11 +330,14 @@ def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
 class MaxNorm(_NormSet):
     """The norm of each unit is at most `max_value`: ``{w : ||unit||_2 <= max_value}``.
 
-    Convex; the projection ``w * min(1, max_value / ||unit||)`` is the nearest point, exact
-    up to rounding. One pass to take the norms and one to scale.
+    Convex; the projection ``w * min(1, max_value / ||unit||)`` is the nearest point, exact up to
+    rounding.
 
     The set is that of `keras.constraints.MaxNorm`; N. Srivastava et al., "Dropout", JMLR
     15, 2014, use it with dropout.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         max_value: The bound: a number of at least 0, a JAX scalar, a schedule, or a multiple of
@@ -378,9 +381,12 @@ max_norm = MaxNorm
 class MaxRMS(_NormSet):
     """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
 
-    Convex: a ball, whose radius grows with the size of a unit, so that one bound serves
-    layers of all widths. The projection ``w * min(1, max_value / rms(unit))`` is the nearest
-    point, exact up to rounding. One pass to take the norms and one to scale.
+    Convex: a ball, whose radius grows with the size of a unit, so that one bound serves layers of
+    all widths. The projection ``w * min(1, max_value / rms(unit))`` is the nearest point, exact up
+    to rounding.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar, a schedule, or `"2x init"`.
@@ -422,10 +428,13 @@ class MinMaxNorm(_NormSet):
     """The norm of each unit lies in an interval.
 
     ``{w : min_value <= ||unit||_2 <= max_value}``, convex only for ``min_value = 0``. The
-    projection scales each unit, and is the nearest point; a unit of zeros has no direction
-    and stays zero. One pass to take the norms and one to scale.
+    projection scales each unit, and is the nearest point; a unit of zeros has no direction and
+    stays zero.
 
     The set is that of `keras.constraints.MinMaxNorm`.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         min_value: The lower bound, at least 0, or a multiple of each unit's norm at init, such
@@ -506,11 +515,13 @@ min_max_norm = MinMaxNorm
 class UnitNorm(_NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
 
-    Not convex. The projection divides each unit by its norm, and is the nearest point; a
-    unit of zeros has no direction and stays zero. One pass to take the norms and one to
-    scale.
+    Not convex. The projection divides each unit by its norm, and is the nearest point; a unit of
+    zeros has no direction and stays zero.
 
     The set is that of `keras.constraints.UnitNorm`.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         axis: The axes along which one unit runs, as for `MaxNorm`.
@@ -553,12 +564,14 @@ unit_norm = UnitNorm
 class FixedNorm(_NormSet):
     """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
 
-    Not convex. The projection divides each unit by its norm and multiplies it by `value`, and
-    is the nearest point; a unit of zeros has no direction and stays zero. With `"init"` the
-    norms are taken when `project` is initialised and kept in its state, so that they do not
-    drift, however long the training; a unit of zeros at init stays zero for good. Without
-    that state, as in `constrain(params, rules)`, weights count as those at init. One pass to
-    take the norms and one to scale.
+    Not convex. The projection divides each unit by its norm and multiplies it by `value`, and is
+    the nearest point; a unit of zeros has no direction and stays zero. With `"init"` the norms are
+    taken when `project` is initialised and kept in its state, so that they do not drift, however
+    long the training; a unit of zeros at init stays zero for good. Without that state, as in
+    `constrain(params, rules)`, weights count as those at init.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         value: The norm: a number of at least 0, a JAX scalar, a schedule, or `"init"`, or a
@@ -603,9 +616,12 @@ fixed_norm = FixedNorm
 class FixedRMS(FixedNorm):
     """The root mean square of each unit is `value`, or what it was: ``{w : rms(unit) = value}``.
 
-    Not convex. A sphere as for `FixedNorm`, whose radius grows with the size of a unit, so that
-    one value serves layers of all widths. The projection is the nearest point; a unit of zeros
-    has no direction and stays zero. One pass to take the norms and one to scale.
+    Not convex. A sphere as for `FixedNorm`, whose radius grows with the size of a unit, so that one
+    value serves layers of all widths. The projection is the nearest point; a unit of zeros has no
+    direction and stays zero.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         value: The root mean square: a number of at least 0, a JAX scalar, a schedule, or

@@ -76,9 +76,10 @@ class MaxOperatorNorm(Constraint):
     3x3), for windows of more axes, and where strides count as 1: with circular padding, and where
     pixels are set apart as well.
 
-    Cost: at each of the frequencies, 130 for a 3x3 window, six products of complex matrices of
-    the fewer channels, 32 frequencies at a time. That grows with the cube of the channels, and
-    is independent of the size of images and batches.
+    Cost:
+        Six products of complex matrices of the fewer channels at each frequency, of which a 3x3
+        window has 130. That grows with the cube of the channels, and does not depend on the size of
+        images and batches. 32 frequencies are computed at a time.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar or a schedule.

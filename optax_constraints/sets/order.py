@@ -50,9 +50,6 @@ class Monotone(UnitSet):
     entries merge into sorted fours, eights and so on, all units at once. Up to eights ``v`` has a
     closed form, and above it is found by Newton's method on masked sums.
 
-    Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
-    from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
-
     The pooling of neighbours that are out of order is that of M. Ayer et al., "An empirical
     distribution function for sampling with incomplete information", Annals of Mathematical
     Statistics 26, 1955.
@@ -66,6 +63,11 @@ class Monotone(UnitSet):
     rounds have not been enough. Calibrated lattices are those of M. Gupta et al., "Monotonic
     calibrated interpolated look-up tables", JMLR 17, 2016. The derivative takes entries that are
     equal within 64 machine epsilons of the largest for one pool.
+
+    Cost:
+        ``log2(n)`` levels for units of `n` entries. Each level is one pass over the weights, and
+        from the fourth on six to nine. Only the levels run one after the other. Along several axes,
+        as many rounds of this as Dykstra's method needs: a few in training.
 
     Args:
         axis: The axis along which entries are sorted, or `"fan_in"`; several axes, or None, for
@@ -351,13 +353,17 @@ class TopK(InParts, UnitSet):
     With ``of="units"``, for structured pruning, at most `k` units have an entry that is not zero:
     those of largest norm stay as they are. Units are then slices along `axis` as everywhere, such
     as neurons with ``axis=0`` for a Dense kernel (in, out), filters with ``"fan_in"``, and heads
-    with ``(0, 2)`` for a kernel (in, heads, depth). One pass for the norms and one to choose.
+    with ``(0, 2)`` for a kernel (in, heads, depth).
 
     The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
     that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
 
     At zeros small steps are lost: what is not among the largest starts from zero again. With
     `straight_through` the steps of dropped entries add up in free weights, until they come back.
+
+    Cost:
+        One counting pass for each bit of the dtype, 31 for float32, and no sort. For
+        ``of="units"``, one pass for the norms and one to choose.
 
     Args:
         k: How many entries to keep. An integer of at least 0 is a count, and a float in (0, 1]
@@ -625,10 +631,10 @@ def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
 class NM(LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
 
-    Not convex. The projection keeps the `n` entries of largest magnitude in each group as they
-    are and sets the others to zero, exactly, which is a nearest point. Of equal magnitudes the
-    first ones are kept. NaN and infinity count and stay as in `TopK`. One pass, in which the
-    entries of a group are compared with one another: ``m`` comparisons an entry.
+    ``{w : ||group||_0 <= n}`` for each group of `m` entries. Not convex. The projection keeps the
+    `n` entries of largest magnitude in each group as they are and sets the others to zero, exactly,
+    which is a nearest point. Of equal magnitudes the first ones are kept. NaN and infinity count
+    and stay as in `TopK`.
 
     A. Mishra et al., "Accelerating sparse deep neural networks", 2021, describe 2:4 sparsity,
     which some accelerators multiply at twice the speed.
@@ -636,6 +642,9 @@ class NM(LineSet):
     At zeros small steps are lost, as in `TopK`. `straight_through` with a `decay` is the SR-STE of
     A. Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
     ICLR 2021: dropped entries are trained, and pulled towards zero.
+
+    Cost:
+        One pass, with ``m`` comparisons for each entry.
 
     Args:
         n: How many entries to keep of each group: an integer from 1 to `m`, a JAX scalar or a

@@ -45,16 +45,18 @@ def _check_text(owner: str, name: str, pattern: Any) -> None:
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(Elementwise):
-    """Weights are zero where the mask is: ``{w : w = 0 where mask = 0}``.
+    """Weights are zero where the mask is, or were at init: ``{w : w = 0 where mask = 0}``.
 
-    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency.
-    A linear subspace, so convex; exact in every dtype, and NaN stays NaN. One pass over the
-    weights, which fuses with the optimizer's own.
+    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency. A
+    linear subspace, so convex; exact in every dtype, and NaN stays NaN.
 
     With `"init"` weights stay zero where they are zero when `project` is initialised, as in
     sparse training and for checkpoints that were pruned. `project` keeps that in its state, as
     one bool for each weight, sharded like the weights. Without that state, as in
     `constrain(params, rules)`, weights count as those at init.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         mask: An array that broadcasts to the weights, of bools or of numbers of which those
@@ -162,11 +164,13 @@ class ZeroDiagonal(Elementwise):
     """Square matrices with a zero diagonal: ``{w : w[..., i, i] = 0}``.
 
     The last two axes are the matrix, those before them number matrices. A linear subspace, so
-    convex; exact in every dtype. One pass over the weights, which fuses with the optimizer's
-    own.
+    convex; exact in every dtype.
 
     Item-to-item recommenders use it, so that no item predicts itself: H. Steck,
     "Embarrassingly shallow autoencoders for sparse data", WWW 2019.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Raises:
         ValueError: At bind, if the last two axes of the leaf are not a square.
@@ -213,9 +217,8 @@ zero_diagonal = ZeroDiagonal
 class Sign(Elementwise):
     """Each weight has the sign of the pattern, or is zero: ``{w : w * pattern >= 0}``.
 
-    Convex; where the pattern is 0 a weight is free. The projection sets weights of the other
-    sign to zero, exactly in every dtype, and NaN stays NaN. One pass over the weights, which
-    fuses with the optimizer's own.
+    Convex; where the pattern is 0 a weight is free. The projection sets weights of the other sign
+    to zero, exactly in every dtype, and NaN stays NaN.
 
     With `"init"` weights keep the signs that they have when `project` is initialised, and those
     that are zero then are free. `project` keeps that in its state, as an int8 for each weight,
@@ -226,6 +229,9 @@ class Sign(Elementwise):
     all (H. F. Song, G. R. Yang and X.-J. Wang, "Training excitatory-inhibitory recurrent neural
     networks for cognitive tasks", PLOS Comput. Biol. 12(2), 2016). With 0 and 1 it is what a
     network needs to be monotone in some of its inputs.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         pattern: An array of -1, 0 and 1 that broadcasts to the weights, such as one of shape
@@ -327,14 +333,16 @@ class Tied(Constraint):
     For weights with a symmetry: Toeplitz, circulant and other equivariant kernels, shared and
     hashed weights. A linear subspace: convex and smooth. The projection takes the mean of each
     label, and is the nearest point; entries of one label are then equal exactly, in every dtype.
-    Means are taken twice, the second time of what the first has left, so that they are right up
-    to rounding however many entries there are. A label with an entry that is not finite becomes
-    NaN. Three passes over the weights; each sums into an array of a number for each label, which
-    on a mesh is what moves.
+    Means are taken twice, the second time of what the first has left, so that they are right up to
+    rounding however many entries there are. A label with an entry that is not finite becomes NaN.
 
     J. Ott et al., "Learning in the machine: To share or not to share?", Neural Networks 126,
     2020, is on weights that are shared; S. Ravanbakhsh, J. Schneider and B. Poczos, "Equivariance
     through parameter-sharing", ICML 2017, on labels that follow from a symmetry.
+
+    Cost:
+        Three passes over the weights. Each sums into an array with one number for each label, which
+        is what moves between the devices of a mesh.
 
     Args:
         labels: An array of integers that broadcasts to the weights; or a function from the

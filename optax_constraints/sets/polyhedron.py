@@ -32,17 +32,20 @@ class Polyhedron(UnitSet):
     matter: rows may repeat, and there may be more of them than entries. Also known as projection
     onto a polytope, least distance programming, or a quadratic program with the identity.
 
-    The multipliers of the inequalities are non-negative, and minimise a quadratic function of
-    ``g @ g.T``, the same matrix for all units. An active-set method finds which of them are not
-    zero, in as many Cholesky factorisations of ``m`` by ``m`` for `m` inequalities, for all units
-    at once. Some 4 to 10 are the rule, and ``16 + 4 m`` the limit. A unit that has not come to
-    its end by then is left outside, and `violations` shows it. If no point satisfies all
-    inequalities, which is an error where the numbers are known, the result means nothing.
+    The multipliers of the inequalities are non-negative, and minimise a quadratic function of ``g @
+    g.T``, the same matrix for all units. An active-set method finds which of them are not zero. If
+    ``16 + 4 m`` steps for `m` inequalities are not enough for a unit, it stays outside, and
+    `violations` shows it. If no point satisfies all inequalities, which is an error where the
+    numbers are known, the result means nothing.
 
     An inequality that holds but for the rounding of its sum (8 machine epsilons of the dtype it
     was taken in, times the sum of the magnitudes, or the largest entry) holds. A unit with an
     entry that is not finite becomes NaN. The derivative is that of the plane of the inequalities
     whose multiplier is not zero; at an allowed unit, the identity.
+
+    Cost:
+        Some 4 to 10 Cholesky factorisations of ``m`` by ``m`` matrices for `m` inequalities, for
+        all units at once. The limit is ``16 + 4 m``.
 
     Args:
         g: A matrix with one row for each inequality and one column for each entry of a unit, in

@@ -383,13 +383,15 @@ class BoxSection(InParts, UnitSet):
     ``clip(unit - m * normal, lower, upper)``, with one number `m` a unit, is the nearest point,
     exact up to rounding, and never outside the interval.
 
-    With a sum of 1 and a cap it is the capped simplex, of portfolios and of choices of `k`
-    among `n`; the projection is known as the continuous quadratic knapsack problem. Newton's
-    method finds `m`: R. Cominetti, W. Mascarenhas, P. Silva, "A Newton's method for the
-    continuous quadratic knapsack problem", Math. Program. Comput. 6, 2014. Two sums over the
-    weights a step, for all units at once; 4 to 20 steps for random weights, and about 100 at
-    most in float32. Before and after it come some fifteen passes. Entries are as near as the
-    rounding of the largest weight.
+    With a sum of 1 and a cap it is the capped simplex, of portfolios and of choices of `k` among
+    `n`; the projection is known as the continuous quadratic knapsack problem. Newton's method finds
+    `m`: R. Cominetti, W. Mascarenhas, P. Silva, "A Newton's method for the continuous quadratic
+    knapsack problem", Math. Program. Comput. 6, 2014. Entries are as near as the rounding of the
+    largest weight.
+
+    Cost:
+        4 to 20 Newton steps for random weights, each two sums over the weights, for all units at
+        once. At most about 100 steps in float32. Some fifteen passes come before and after.
 
     Args:
         lower: The lower bound: a number, a JAX scalar, a schedule, text, an array of the shape

@@ -228,11 +228,13 @@ class Simplex(_ThresholdSet):
     mixtures. The projection ``max(unit - threshold, 0)`` is the nearest point, exact up to
     rounding, and usually sparse.
 
-    The threshold comes from Newton's method, without a sort: C. Michelot, "A finite algorithm
-    for finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory
-    Appl. 50, 1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math.
-    Program. 158, 2016. Two sums over the weights a step, for all units at once; about 7 steps
-    for random weights, about ``12 + log2(size of a unit)`` at most in float32.
+    The threshold comes from Newton's method, without a sort: C. Michelot, "A finite algorithm for
+    finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory Appl. 50,
+    1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158, 2016.
+
+    Cost:
+        About 7 Newton steps for random weights, each two sums over the weights, for all units at
+        once. At most about ``12 + log2(size of a unit)`` steps in float32.
 
     Args:
         total: The sum of each unit, at least 0.
@@ -284,9 +286,11 @@ class L1Ball(_ThresholdSet):
     Convex; the projection ``sign(unit) * max(|unit| - threshold, 0)`` is the nearest point,
     exact up to rounding, and usually sparse.
 
-    Costs what `Simplex` costs where a unit is outside, and one sum where none is. Method:
-    J. Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions",
-    ICML 2008, with the threshold of `Simplex`.
+    Method: J. Duchi et al., "Efficient projections onto the l1-ball for learning in high
+    dimensions", ICML 2008, with the threshold of `Simplex`.
+
+    Cost:
+        That of `Simplex` if a unit is outside, and one sum over the weights if none is.
 
     Args:
         radius: The bound, at least 0.

@@ -1,4 +1,4 @@
-"""Sets of matrices that are told by their singular values.
+"""Sets of matrices that are defined by singular values.
 
 All compute in float32 or wider, on the matrix divided by a power of two, so that nothing
 overflows. An allowed matrix comes back bit for bit; allowed is what holds up to the rounding of
@@ -36,18 +36,21 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 class Orthogonal(MatrixSet):
     """The columns are orthonormal, times `scale`: ``{W : W^T W = scale^2 I}``; rows if wide.
 
-    Not convex. The projection is `scale` times the polar factor of the matrix, the nearest
-    point, which is unique for a matrix of full rank. Of another one the directions that it
-    does not have are zero or completed by rounding, so that the result is finite, but not in
-    general orthogonal; zero stays zero.
+    Not convex. The projection is `scale` times the polar factor of the matrix. That is the nearest
+    point, and it is unique for a matrix of full rank. If the rank is lower, the missing directions
+    are zero, or rounding completes them: the result is finite, but need not be orthogonal. Zero
+    stays zero.
 
-    Only matrix products, and as many as the matrix needs. Near the set, where a training step
-    ends, a quintic Newton-Schulz step and a cubic one: 5 products in all, and 1 for a matrix
-    that is in the set. Elsewhere the minimax quintics of N. Amsel et al., "The Polar Express",
-    2025, arXiv:2505.16932, come first: about 9 steps of 3 products up to a condition of 1e4,
-    and beyond as many as it takes. Entries of ``W^T W / scale^2 - I`` end below 1e-6 in float32.
-    The distance to the exact polar factor is that of its conditioning: some eps times the
+    Only matrix products, and as many as the matrix needs. Near the set, a quintic Newton-Schulz
+    step and a cubic one are enough. Elsewhere the minimax quintics of N. Amsel et al., "The Polar
+    Express", 2025, arXiv:2505.16932, come first: about 9 steps of 3 products up to a condition of
+    1e4, and beyond as many as it takes. Entries of ``W^T W / scale^2 - I`` end below 1e-6 in
+    float32. The distance to the exact polar factor is that of its conditioning: some eps times the
     ratio of the largest singular value to the smallest.
+
+    Cost:
+        5 matrix products near the set, where a training step ends, and about 27 from further away.
+        1 for a matrix that is in the set.
 
     Args:
         scale: The singular values, a positive number, a JAX scalar or a schedule.
@@ -107,22 +110,26 @@ class MaxSpectralNorm(Scaled):
     Convex. With ``method="clip"`` the projection clips the singular values and leaves those below
     the bound alone; it is the nearest point, exact up to rounding.
 
-    Whether a matrix is allowed is told for sure, by a Cholesky decomposition of
-    ``max_value^2 I - W^T W``, which exists just for those matrices: one matrix product and a
-    sixth of another. Where that fails, the eigenvectors of ``W^T W`` follow, in half of the time
-    of a singular value decomposition; that is taken only where a singular value is above 1.25
-    times the bound, as before the first step.
+    A Cholesky decomposition of ``max_value^2 I - W^T W`` decides whether a matrix is allowed, since
+    it exists only for those matrices. If it fails, the eigenvectors of ``W^T W`` follow, in half
+    the time of a singular value decomposition. A full one is needed only if a singular value is
+    above 1.25 times the bound, as may be before the first step.
 
     With ``method="scale"`` the whole matrix is multiplied by ``min(1, max_value / ||W||_2)``, as by
     spectral normalization. That is not the nearest point: all singular values go down, not only
-    those above the bound. So `tangent` and `intersection`, which are for nearest points, do not
-    take it. The largest singular value is found as for `FixedSpectralNorm`, by products with a few
-    vectors that `project` keeps in its state, and with the accuracy that is said there: after a
-    step of training it may be up to 1% above `max_value`, and is usually 0.01%.
+    those above the bound. So `tangent` and `intersection`, which need nearest points, refuse it.
+    The largest singular value is found as in `FixedSpectralNorm`, by products with a few vectors
+    that `project` keeps in its state. After a step of training it may be up to 1% above
+    `max_value`; usually it is 0.01%.
 
     It bounds the Lipschitz constant of a dense layer: H. Gouk et al., "Regularisation of
     neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who scale
     the matrix.
+
+    Cost:
+        One matrix product and one Cholesky factorisation while the bound holds. Where it does not,
+        half the time of a singular value decomposition, or all of it beyond 1.25 times the bound.
+        With ``method="scale"``, two products with up to 12 vectors.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
@@ -200,12 +207,14 @@ max_spectral_norm = MaxSpectralNorm
 class NuclearNormBall(MatrixSet):
     """The sum of the singular values is at most `radius`: ``{W : ||W||_* <= radius}``.
 
-    Convex. The projection lowers all singular values by one threshold, and those below it to
-    zero, so that ranks go down; it is the nearest point, exact up to rounding. One singular
-    value decomposition on every call.
+    Convex. The projection lowers all singular values by one threshold, and those below it to zero,
+    so that ranks go down; it is the nearest point, exact up to rounding.
 
     The threshold is that of the simplex: J. Duchi et al., "Efficient projections onto the
     l1-ball for learning in high dimensions", ICML 2008.
+
+    Cost:
+        One singular value decomposition on every call.
 
     Args:
         radius: The bound, a number of at least 0, a JAX scalar or a schedule.
@@ -254,12 +263,15 @@ class LowRank(MatrixSet):
     point; it is unique unless the next one is as large. Smooth at the matrices of just that
     rank. Singular values below the rounding of their decomposition count as zero.
 
-    One singular value decomposition on every call. C. Eckart and G. Young, "The approximation
-    of one matrix by another of lower rank", Psychometrika 1, 1936.
+    C. Eckart and G. Young, "The approximation of one matrix by another of lower rank",
+    Psychometrika 1, 1936.
 
     Small steps in other directions are lost: a singular value that is dropped starts from zero
     again. With `straight_through` such steps add up in free weights, until they are among the
     largest.
+
+    Cost:
+        One singular value decomposition on every call.
 
     Args:
         rank: The number of singular values to keep: an integer of at least 0, a JAX scalar of an
