@@ -22,7 +22,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
 from optax_constraints._gauge import Gauge
-from optax_constraints._numbers import Number, is_schedule, number, value
+from optax_constraints._numbers import Number, is_number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import shown
 from optax_constraints.sets._common import MatrixSet, positive_part
