@@ -135,7 +135,7 @@ class Report:
         worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
         if worst.outside == 0:
             return [f"{text}; none outside"]
-        path = _shorten_path(worst.path or "(root)", _WIDTH - 40)
+        path = shorten_path(worst.path or "(root)", _WIDTH - 40)
         return [text, f"furthest outside: {worst.outside:.3g} in {path}"]
 
 
@@ -341,12 +341,12 @@ def _fit(widths: dict[str, int]) -> dict[str, int]:
 
 def _cell(text: str, width: int, column: str) -> str:
     if column == "path":
-        text = _shorten_path(text, width)
+        text = shorten_path(text, width)
     text = _cut(text, width, tail=0)
     return text.rjust(width) if column in _RIGHT else text.ljust(width)
 
 
-def _shorten_path(path: str, width: int) -> str:
+def shorten_path(path: str, width: int) -> str:
     """Cuts the middles of long segments, whose ends tell one layer from another.
 
     The last two, as in `query/kernel`, are cut only if it cannot be helped.
