@@ -146,12 +146,13 @@ def histogram(found: Sample, bins: int = 32) -> Histogram:
     least, largest = (float(end(values)) if values.size else np.nan for end in (np.min, np.max))
     ends = [*found.bounds, *([least, largest] if values.size else [])] or [0.0]
     start, end = min(ends), max(ends)
-    # A margin, so that a bound at one end can be told from the frame.
-    margin = (end - start) / 24 or max(abs(start), 1e-30) / 8
+    # A margin, so that a bound at one end can be told from the frame. Rounding is not spread out.
+    margin = max((end - start) / 24, 0.02 * max(abs(start), abs(end))) or 1.0
     start, end = start - margin, end + margin
+    places = ((values - start) * (bins / (end - start))).astype(int)
     counts, outside = (
-        tuple(np.histogram(some, bins, (start, end))[0].tolist())
-        for some in (values, values[found.outside])
+        tuple(np.bincount(some, minlength=bins).tolist())
+        for some in (places, places[found.outside])
     )
     name, bounds = found.name, found.bounds
     return Histogram(name, start, end, least, largest, counts, outside, bounds, found.not_finite)

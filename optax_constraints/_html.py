@@ -41,19 +41,28 @@ white-space:normal;max-width:none}
 .oc-report .bar{display:inline-block;width:5em;height:.6em;margin-right:.5em;border-radius:.3em;
 background:rgba(128,128,128,.3);overflow:hidden}
 .oc-report .bar i{display:block;height:100%;background:#3e7bfa}
-.oc-report svg{display:block;width:100%;max-width:150px;height:30px}
+.oc-report svg{display:block;width:100%;max-width:170px;height:30px}
 .oc-report td small{display:block;opacity:.66;font-size:11px}
 @container (max-width:640px){
 .oc-report table,.oc-report tbody{display:block}
-.oc-report thead,.oc-report colgroup{display:none}
-.oc-report tr{display:grid;grid-template-columns:1fr 1fr;border-top:1px solid rgba(128,128,128,.25);
-padding:.3em 0}
+.oc-report thead,.oc-report colgroup,.oc-report td:empty{display:none}
+.oc-report tr{display:grid;grid-template-columns:1fr 1fr;
+grid-template-areas:"leaf set" "leaf axis" "shape bound" "shape outside";
+border-top:1px solid rgba(128,128,128,.25);padding:.4em 0}
 .oc-report td{border:0;padding:.1em .6em .1em 0}
+.oc-report .axis::before{content:"axis "}
 }
 </style>"""
 
-_COLUMNS = (("leaf", 25), ("constraint", 24), ("axis", 7), ("units at their bound", 18))
-_COLUMNS += (("units against their bound", 16), ("outside by", 10))
+_COLUMNS = {
+    "leaf": ("leaf", 22),
+    "set": ("constraint", 23),
+    "axis": ("axis", 6),
+    "bound": ("units at their bound", 19),
+    "shape": ("all units", 20),
+    "outside": ("outside by", 10),
+}
+"""Heading and width in percent of each column."""
 
 
 def report_html(rows: Sequence["Row"]) -> str:
@@ -92,9 +101,9 @@ def _legend(rows: Sequence["Row"]) -> str:
     if not any(row.histogram for row in rows):
         return ""
     return (
-        '<p class="soft"><small>Histograms show units before they are projected, with bounds as '
-        "lines and red for what is outside. Heights go by the square root of the count."
-        "</small></p>"
+        '<p class="soft"><small>Histograms show units as they are, what is outside in red and '
+        "bounds as lines; heights go by the square root of the count. Units at their bound are "
+        "those after a projection.</small></p>"
     )
 
 
@@ -131,50 +140,55 @@ def _module(name: str, blocks: list[list["Row"]], depth: int, all_open: bool, to
         return _module(f"{name}{only}/", inner, depth + 1, all_open, top)
     if not top and len(rows) <= _FLAT:
         here, below = blocks, {}
-    body = _table(here, depth) if here else ""
+    own = [row for row in rows if row.constraint is not None]
+    shown = [row for block in here for row in block]
+    body = _table([row for row in shown if row.constraint is not None], depth)
     body += "".join(
         _module(f"{segment}/", inner, depth + 1, all_open, False)
         for segment, inner in below.items()
     )
-    if top and not name:
+    body += _folded([row for row in shown if row.constraint is None], depth)
+    name = escape(name.rstrip("/"))
+    if not name:
         return body
-    own = [row for row in rows if row.constraint is not None]
-    outside = sum(not row.inside for row in own)
-    about = f"{len(rows):,} {'leaf' if len(rows) == 1 else 'leaves'}"
-    about += (
-        ", free" if not own else f", {len(rows) - len(own):,} free" if len(own) < len(rows) else ""
-    )
-    text = f"<b>{escape(name.rstrip('/'))}</b> <span class='soft'>{about}</span>"
     if not own:
-        text = f"<span class='soft'>{escape(name.rstrip('/'))} {about}</span>"
-        body = _names(rows, depth)
+        text = f'<span class="soft">{name} {_count(rows)}, free</span>'
+        return f"<details><summary>{text}</summary>{_names(rows, depth)}</details>"
+    free = f", {len(rows) - len(own):,} free" if len(own) < len(rows) else ""
+    text = f'<b>{name}</b> <span class="soft">{_count(rows)}{free}</span>'
     if share := _share(own):
         text += f" &nbsp;{_bar(*share)}"
-    if outside:
-        text += f" &nbsp;<span class='bad'>⚠ {outside:,} outside</span>"
-    is_open = " open" if own and (all_open or top or outside) else ""
+    if outside := sum(not row.inside for row in own):
+        text += f' &nbsp;<span class="bad">⚠ {outside:,} outside</span>'
+    is_open = " open" if all_open or top or outside else ""
     return f"<details{is_open}><summary>{text}</summary>{body}</details>"
 
 
-def _table(blocks: list[list["Row"]], depth: int) -> str:
-    own = [row for block in blocks for row in block if row.constraint is not None]
-    free = [row for block in blocks for row in block if row.constraint is None]
-    text = ""
-    if own:
-        widths = "".join(f'<col style="width:{width}%">' for _, width in _COLUMNS)
-        heads = "".join(f"<th>{name}</th>" for name, _ in _COLUMNS)
-        lines = "".join(_line(row, depth) for row in own)
-        text = (
-            f"<table><colgroup>{widths}</colgroup><thead><tr>{heads}</tr></thead>"
-            f"<tbody>{lines}</tbody></table>"
-        )
-    if free:
-        count = f"{len(free):,} free {'leaf' if len(free) == 1 else 'leaves'}"
-        text += (
-            f'<details class="free"><summary class="soft">{count}</summary>'
-            f"{_names(free, depth)}</details>"
-        )
-    return text
+def _table(rows: list["Row"], depth: int) -> str:
+    """The constrained leaves of a module."""
+    if not rows:
+        return ""
+    widths = "".join(f'<col style="width:{width}%">' for _, width in _COLUMNS.values())
+    heads = "".join(f"<th>{name}</th>" for name, _ in _COLUMNS.values())
+    lines = "".join(_line(row, depth) for row in rows)
+    return (
+        f"<table><colgroup>{widths}</colgroup><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{lines}</tbody></table>"
+    )
+
+
+def _folded(rows: list["Row"], depth: int) -> str:
+    """The free leaves of a module."""
+    if not rows:
+        return ""
+    return (
+        f'<details class="free"><summary class="soft">{_count(rows, " free")}</summary>'
+        f"{_names(rows, depth)}</details>"
+    )
+
+
+def _count(rows: Sequence["Row"], kind: str = "") -> str:
+    return f"{len(rows):,}{kind} {'leaf' if len(rows) == 1 else 'leaves'}"
 
 
 def _names(rows: list["Row"], depth: int) -> str:
@@ -210,7 +224,11 @@ def _line(row: "Row", depth: int) -> str:
         "" if row.histogram is None else _histogram(row.histogram),
         outside,
     )
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    named = zip(_COLUMNS, cells, strict=True)
+    text = "".join(
+        f'<td class="{name}" style="grid-area:{name}">{cell}</td>' for name, cell in named
+    )
+    return f"<tr>{text}</tr>"
 
 
 def _share(rows: Sequence["Row"]) -> tuple[int, int] | None:
@@ -287,7 +305,7 @@ def set_html(constraint: Constraint) -> str:
     where = _where(constraint)
     note = f'<div style="opacity:.66;font-size:90%">{escape(where)}</div>' if where else ""
     return (
-        '<div class="oc-set"><div style="opacity:.66;font-size:90%">'
+        '<div style="margin:.6em 0"><div style="opacity:.66;font-size:90%">'
         f"{escape(about)}</div>"
         "<div style=\"font:1.2em/1.6 'STIX Two Math','Cambria Math','Latin Modern Math',serif\">"
         f"{escape(symbols(constraint))}</div>{note}</div>"
@@ -320,7 +338,7 @@ def _symbol(name: str, value: Any) -> str:
         texts = [_symbol(name, part) for part in value]
         return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "…", texts[-1]])
     if isinstance(value, Tracer) or is_schedule(value):
-        return name
+        return name if isinstance(value, Tracer) else f"{name}(t)"
     if is_array(value):
         if np.ndim(value) or not is_readable(value):
             return name

@@ -73,7 +73,7 @@ def plot(  # noqa: D417  # what verbs share is said once, in `constrain`
     strict: bool = True,
     panels: int = 60,
 ) -> "Figure":
-    """A picture of where the units of each constrained leaf stand against their bound.
+    r"""A picture of where the units of each constrained leaf stand against their bound.
 
     A panel for each constrained leaf, or group of leaves: its numbers in order, such as the norm
     of each unit, the entries of an elementwise set or the singular values of a matrix; bounds as
@@ -106,7 +106,7 @@ def plot(  # noqa: D417  # what verbs share is said once, in `constrain`
         >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
         >>> figure = oc.plot(params, {"kernel": oc.max_norm(2.0)})
         >>> [panel.get_title() for panel in figure.axes]
-        ['kernel']
+        ['kernel\nMaxNorm(2)']
     """
     if panels < 1:
         raise ValueError(f"plot: panels={panels} shows nothing; write 1 or more.")
@@ -129,9 +129,8 @@ def plot(  # noqa: D417  # what verbs share is said once, in `constrain`
     if count > panels:
         worst = sorted(range(count), key=lambda i: -_share_outside(found[i][2]))[:panels]
         found = [found[i] for i in sorted(worst)]
-    columns = min(6, max(1, math.ceil(math.sqrt(1.5 * len(found))))) if len(found) > 3 else 3
-    columns = min(columns, max(len(found), 1))
-    rows = max(1, math.ceil(len(found) / columns))
+    columns = len(found) if len(found) <= 3 else min(6, round(math.sqrt(1.5 * len(found))))
+    rows = math.ceil(len(found) / columns) if found else 1
     figure = _figure(max(2.7 * columns, 4), 2.2 * rows + 0.4)
     if not found:
         figure.text(0.5, 0.5, "no constrained leaves", ha="center", va="center")
@@ -172,15 +171,12 @@ def _panel(panel: "Axes", path: str, constraint: Constraint, known: Sample) -> N
     for bound in known.bounds[:16]:
         panel.axhline(bound, color="0.5", linestyle="--", lw=1, zorder=0)
     panel.margins(x=0.04, y=0.12)
-    panel.set_title(shorten_path(path or "(root)", 32), size=9)
+    about = str(constraint) if len(str(constraint)) <= 36 else f"{str(constraint)[:35]}…"
+    about += f", {known.not_finite:,} not finite" if known.not_finite else ""
+    panel.set_title(f"{shorten_path(path or '(root)', 34)}\n{about}", size=8.5)
     name = known.name + (" (sample)" if known.values.size + known.not_finite < known.of else "")
     panel.set_ylabel(name, size=8)
     panel.tick_params(labelsize=7)
-    text = str(constraint)
-    text = text if len(text) <= 34 else f"{text[:33]}…"
-    if known.not_finite:
-        text += f"\n{known.not_finite:,} not finite"
-    panel.annotate(text, (0.03, 0.96), xycoords="axes fraction", va="top", size=7.5, alpha=0.85)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
 
