@@ -302,14 +302,11 @@ def set_html(constraint: Constraint) -> str:
         if holds
     ]
     about = " · ".join([type(constraint).__name__, *kinds])
-    where = _where(constraint)
-    note = f'<div style="opacity:.66;font-size:90%">{escape(where)}</div>' if where else ""
-    return (
-        '<div style="margin:.6em 0"><div style="opacity:.66;font-size:90%">'
-        f"{escape(about)}</div>"
-        "<div style=\"font:1.2em/1.6 'STIX Two Math','Cambria Math','Latin Modern Math',serif\">"
-        f"{escape(symbols(constraint))}</div>{note}</div>"
-    )
+    soft = "opacity:.66;font-size:90%"
+    serif = "font:1.2em/1.6 'STIX Two Math','Cambria Math','Latin Modern Math',serif"
+    lines = ((soft, about), (serif, symbols(constraint)), (soft, _where(constraint)))
+    text = "\n".join(f'<div style="{style}">{escape(line)}</div>' for style, line in lines if line)
+    return f'<div style="margin:.6em 0">{text}</div>'
 
 
 def symbols(constraint: Constraint) -> str:
@@ -317,7 +314,7 @@ def symbols(constraint: Constraint) -> str:
 
     def field(match: re.Match[str]) -> str:
         name, between = match[1], match[2] or ", "
-        value = getattr(constraint, name, match[0])
+        value: Any = getattr(constraint, name, match[0])
         if name == "constraints":
             return between.join(map(symbols, value))
         return _symbol(name, value)

@@ -140,8 +140,11 @@ def plot(  # noqa: D417  # what verbs share is said once, in `constrain`
         panel.remove()
     for panel, (path, constraint, known) in zip(grid, found, strict=False):
         _panel(panel, path, constraint, known)
-    note = f", {len(found)} of {count} leaves" if count > len(found) else ""
-    figure.supxlabel(f"units or entries in order; bounds dashed; outside in red{note}", size=9)
+    if count > len(found):
+        figure.suptitle(
+            f"{len(found)} of {count} constrained leaves: what is outside, and the first", size=11
+        )
+    figure.supxlabel("units or entries in order; bounds dashed; outside in red", size=9)
     return figure
 
 
@@ -171,6 +174,14 @@ def _panel(panel: "Axes", path: str, constraint: Constraint, known: Sample) -> N
     for bound in known.bounds[:16]:
         panel.axhline(bound, color="0.5", linestyle="--", lw=1, zorder=0)
     panel.margins(x=0.04, y=0.12)
+    panel.locator_params(axis="x", integer=True)
+    if order.size == 1:
+        panel.set_xlim(0.5, 1.5)
+    # Rounding is not to fill the panel.
+    seen = [*known.bounds, *values] or [0.0]
+    low, high = min(seen), max(seen)
+    if high - low < (room := 0.05 * max(abs(low), abs(high))):
+        panel.set_ylim(low - room, high + room)
     about = str(constraint) if len(str(constraint)) <= 36 else f"{str(constraint)[:35]}…"
     about += f", {known.not_finite:,} not finite" if known.not_finite else ""
     panel.set_title(f"{shorten_path(path or '(root)', 34)}\n{about}", size=8.5)
@@ -263,9 +274,8 @@ def plot_stats(
         panel.margins(x=0.02)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    title = "worst first"
-    if len(ordered) > lines:
-        title += f"; {len(ordered) - lines} more leaves are not shown"
+    more = len(ordered) - lines
+    title = f"worst first; {more:,} more\nleaves are not shown" if more > 0 else "worst first"
     figure.legend(
         *top.get_legend_handles_labels(),
         **{"loc": "outside right upper", "fontsize": 8, "title": title, "frameon": False},
@@ -362,14 +372,18 @@ def plot_set(
         return _plot_sequences(given, seed)
     plane = _slice_for(given)
     project = _projector(given, plane)
+    count = _FINE**2 + points
     if extent is None:
-        angle = np.linspace(0, 2 * np.pi, 64, endpoint=False) + 0.05
+        # As many points as below, so that one program does for both.
+        angle = np.linspace(0, 2 * np.pi, count)
         far, _ = project(1e3 * np.stack([np.cos(angle), np.sin(angle)], axis=1))
         size = float(np.max(np.abs(far), initial=0, where=np.isfinite(far)))
         extent = 1.6 * size if 0 < size < 100 else 2.0
     ends = np.linspace(-extent, extent, _FINE)
     grid = np.stack(np.meshgrid(ends, ends), axis=-1).reshape(-1, 2)
-    onto, away = project(grid)
+    some = np.random.default_rng(seed).uniform(-0.95 * extent, 0.95 * extent, (points, 2))
+    onto, away = project(np.concatenate([grid, some]))
+    (onto, ends_of_some), (away, lengths) = (np.split(x, [len(grid)]) for x in (onto, away))
     figure = _figure(4.2, 4.4)
     panel = figure.subplots()
     # Where the distance is less than a part of the grid's spacing counts as inside: the outline
@@ -381,12 +395,11 @@ def plot_set(
         panel.contourf(ends, ends, square, levels, colors=[INSIDE], alpha=0.25)
     edge = np.unique(np.round(onto[away > levels[1]] / (spacing / 4)), axis=0) * (spacing / 4)
     panel.plot(*edge.T, ".", ms=2.2, color=INSIDE, zorder=2)
-    some = np.random.default_rng(seed).uniform(-0.95 * extent, 0.95 * extent, (points, 2))
-    onto, away = project(some)
-    out = away > 1e-4 * extent
-    panel.plot(*np.stack([some[out], onto[out]]).transpose(2, 0, 1), color="0.5", lw=0.9, zorder=1)
+    out = lengths > 1e-4 * extent
+    arrows = np.stack([some[out], ends_of_some[out]])
+    panel.plot(*arrows.transpose(2, 0, 1), color="0.5", lw=0.9, zorder=1)
     panel.plot(*some.T, "o", ms=3.5, mfc="none", color="0.5", zorder=3)
-    panel.plot(*onto.T, "o", ms=4, color=OUTSIDE, zorder=4)
+    panel.plot(*ends_of_some.T, "o", ms=4, color=OUTSIDE, zorder=4)
     panel.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
     panel.set_xlabel(plane.names[0], size=9)
     panel.set_ylabel(plane.names[1], size=9)
