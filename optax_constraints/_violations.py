@@ -97,7 +97,11 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
 
 def distance(weights: Any, constraint: Constraint, memory: Any = ()) -> Any:
     """Euclidean distance of each array to its projection, scalars in float32 or float64."""
-    projected, _ = constraint.advance(weights, memory)
+    return between(weights, constraint.advance(weights, memory)[0])
+
+
+def between(weights: Any, projected: Any) -> Any:
+    """Euclidean distance of each array to another, scalars in float32 or float64."""
 
     def away(w: jax.Array, target: jax.Array) -> jax.Array:
         dtype = _numerics.compute_dtype(w.dtype)

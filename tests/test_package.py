@@ -85,9 +85,10 @@ def test_the_public_names():
     verbs = {"project", "constrain", "violations", "report", "tangent", "assert_feasible", "stats"}
     verbs |= {"projected", "scale_by_unit_adam", "ScaleByUnitAdamState", "straight_through"}
     verbs |= {"ProjectState", "TangentState", "Report", "Constraint", "LeafStats"}
+    pictures = {"plot", "plot_set", "plot_stats"}
     identifiers = {"get", "serialize", "deserialize", "register"}
     rules = {"arg", "joint", "across", "of_layer", "rules_from_tree"}
-    assert public == sets | verbs | identifiers | rules
+    assert public == sets | verbs | pictures | identifiers | rules
 
 
 CHECK = """

@@ -13,6 +13,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, nudged, own_arrays, tangent_at
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import unread
 from optax_constraints._numerics import stored
 from optax_constraints._text import shown
@@ -191,6 +192,17 @@ class Around(Single):
         center, own = self._known(w, ())
         away = self._at_bounds(w, center, own)
         return self.constraint.on_bound(away if self.elementwise else away.astype(w.dtype))
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w - {'w₀' if self._starts_at_init else '{center}'} ∈ {{constraint}} }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the difference."""
+        center, own = self._known(w, memory)
+        gauge = self.constraint.gauge((w - center).astype(w.dtype), own)
+        return dataclasses.replace(gauge, name=f"{gauge.name} of the difference")
 
 
 around = Around

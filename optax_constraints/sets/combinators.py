@@ -22,6 +22,7 @@ from optax_constraints._axes import (
 )
 from optax_constraints._config import as_constraint, builtin
 from optax_constraints._constraint import Constraint, own_arrays, tangent_at
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_numbers, is_number, number, value
 from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
@@ -104,6 +105,8 @@ class Stacked(Single):
         >>> oc.Stacked(oc.max_norm(1.0))(jnp.array([[[3.0], [4.0]], [[0.3], [0.4]]])).ravel()
         Array([0.6, 0.8, 0.3, 0.4], dtype=float32)
     """
+
+    formula = "{ w : each slice along {axis} ∈ {constraint} }"
 
     constraint: Any
     axis: Axis = 0
@@ -192,6 +195,22 @@ class Stacked(Single):
             function = jax.vmap(function, axis, axis if out_axis is None else out_axis)
         return function
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of all slices."""
+
+        def of_slice(w: jax.Array, memory: Any) -> Gauge:
+            gauge = self.constraint.gauge(w, memory)
+            low, high = (
+                None if bound is None else jnp.broadcast_to(bound, gauge.values.shape)
+                for bound in (gauge.low, gauge.high)
+            )
+            return dataclasses.replace(gauge, low=low, high=high)
+
+        known = 0 if jax.tree.leaves(memory) else None
+        for axis in settle_axis("Stacked", self.axis, w.shape):
+            of_slice = jax.vmap(of_slice, (axis, known))
+        return of_slice(w, memory)
+
 
 stacked = Stacked
 
@@ -223,6 +242,8 @@ class Soft(Single):
         >>> oc.soft(oc.non_neg(), rate=0.25)(jnp.array([-1.0, 1.0]))
         Array([-0.75,  1.  ], dtype=float32)
     """
+
+    formula = "w ↦ w + {rate} · (P(w) - w), with P onto {constraint}"
 
     constraint: Any
     rate: Number = number(low=0, high=1)
@@ -294,6 +315,10 @@ class Soft(Single):
         """Which units lie on the boundary of the set inside."""
         return self.constraint.on_bound(w)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the set inside."""
+        return self.constraint.gauge(w, memory)
+
 
 soft = Soft
 
@@ -327,6 +352,8 @@ class Part(Single):
         Array([[ 0., -1.],
                [ 0., -1.]], dtype=float32)
     """
+
+    formula = "{ w : w[{index}] ∈ {constraint} }"
 
     constraint: Any
     index: Any
@@ -410,6 +437,10 @@ class Part(Single):
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of the part lie on the boundary."""
         return self.constraint.on_bound(self._of(w))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the part."""
+        return self.constraint.gauge(self._of(w), memory)
 
 
 part = Part
@@ -544,6 +575,10 @@ class Several(Constraint):
         """What each constraint remembers."""
         return tuple(c.remember(w) for c in self.constraints)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the last constraint."""
+        return self.constraints[-1].gauge(w, self._each(memory)[-1])
+
     def _each(self, memory: Any) -> Any:
         """What is remembered, for each constraint; by hand there may be nothing."""
         return memory if self.remembers and memory else ((),) * len(self.constraints)
@@ -575,6 +610,8 @@ class Compose(Several):
         >>> oc.compose(oc.non_neg(), oc.max_norm(1.0))(jnp.array([3.0, 4.0, -5.0]))
         Array([0.6, 0.8, 0. ], dtype=float32)
     """
+
+    formula = "w ↦ … P₂(P₁(w)), onto {constraints:, then }"
 
     constraints: tuple[Constraint, ...]
 

@@ -16,6 +16,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import check_number, is_schedule, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
@@ -141,6 +142,8 @@ class NonNeg(Elementwise):
         Array([0. , 0.5], dtype=float32)
     """
 
+    formula = "{ w : w ≥ 0 }"
+
     sign_preserving = True
 
     def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
@@ -158,6 +161,11 @@ class NonNeg(Elementwise):
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
         return w <= 0
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, 0.0)
 
 
 non_neg = NonNeg
@@ -274,6 +282,17 @@ class Box(Elementwise):
         none = jnp.zeros(w.shape, bool)
         return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols, with the bounds there are."""
+        low = "{ w : w" if self.lower is None else "{ w : {lower} ≤ w"
+        return low + (" }" if self.upper is None else " ≤ {upper} }")
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, *self._bounds(w))
+
 
 box = Box
 
@@ -328,6 +347,8 @@ class Grid(Elementwise):
         >>> oc.constrain(w, oc.grid([-1, 0, 1]))
         Array([ 1.,  0., -1.], dtype=float32)
     """
+
+    formula = "{ w : each entry ∈ {{values}} }"
 
     values: tuple[float, ...]
 
@@ -392,6 +413,11 @@ class Grid(Elementwise):
         nearest = nearest.astype(w.dtype)
         return jnp.where((nearest == w) | (w != w), w, nearest)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries, and where the values are."""
+        del memory
+        return Gauge("entries", w, marks=self.values)
+
 
 grid = Grid
 
@@ -429,6 +455,8 @@ class Scale(Constraint):
         Array([[1., 1.],
                [3., 2.]], dtype=float32)
     """
+
+    formula = "w ↦ {factor} · w"
 
     factor: Any = number(array=True)
     axis: Axis = None

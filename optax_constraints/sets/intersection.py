@@ -61,6 +61,8 @@ class Intersection(Several):
         Array([2., 1., 0.], dtype=float32)
     """
 
+    formula = "{constraints: ∩ }"
+
     constraints: tuple[Constraint, ...]
     iterations: int = 200
 

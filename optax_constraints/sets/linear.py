@@ -22,6 +22,7 @@ from optax_constraints import _numerics
 from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic
@@ -147,6 +148,8 @@ class SumTo(UnitSet):
                [0.25, 1.  ]], dtype=float32)
     """
 
+    formula = "{ w : Σᵢ uᵢ = {value} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -159,6 +162,13 @@ class SumTo(UnitSet):
         wide, axis = self._widen(w)
         mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The sums of units."""
+        del memory
+        wide, axis = self._widen(w)
+        total = value(self.value, wide.dtype)
+        return Gauge("sums", _sum(wide, axis), total, total)
 
 
 sum_to = SumTo
@@ -194,6 +204,8 @@ class CenterAround(UnitSet):
                [-0.25,  0.75]], dtype=float32)
     """
 
+    formula = "{ w : mean(u) = {ref_value} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -206,6 +218,13 @@ class CenterAround(UnitSet):
         wide, axis = self._widen(w)
         mean = value(self.ref_value, wide.dtype)
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The means of units."""
+        del memory
+        wide, axis = self._widen(w)
+        mean = value(self.ref_value, wide.dtype)
+        return Gauge("means", jnp.mean(wide, axis=axis), mean, mean)
 
 
 center_around = CenterAround
@@ -247,6 +266,12 @@ class _NormalSet(UnitSet):
         offset = value(self.offset, wide.dtype) / largest
         return normal, normal * (offset / _sum(jnp.square(normal), axis))
 
+    def _products(self, w: jax.Array) -> jax.Array:
+        """The inner product of each unit with the normal."""
+        wide, axis = self._widen(w)
+        beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
+        return _sum(wide * jnp.asarray(self.normal, wide.dtype).reshape(beside), axis)
+
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -278,6 +303,8 @@ class Hyperplane(_NormalSet):
                [0.5, 1.5]], dtype=float32)
     """
 
+    formula = "{ w : ⟨{normal}, u⟩ = {offset} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -290,6 +317,12 @@ class Hyperplane(_NormalSet):
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
         return _onto_plane(wide, *self._plane(wide), axis).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The inner products of units with the normal."""
+        del memory
+        offset = value(self.offset, jnp.dtype(jnp.float32))
+        return Gauge("inner products", self._products(w), offset, offset)
 
 
 hyperplane = Hyperplane
@@ -324,6 +357,8 @@ class HalfSpace(_NormalSet):
                [0.5, 1.5]], dtype=float32)
     """
 
+    formula = "{ w : ⟨{normal}, u⟩ ≤ {offset} }"
+
     convex: ClassVar[bool] = True
 
     normal: Any
@@ -357,6 +392,12 @@ class HalfSpace(_NormalSet):
         near = self._reaches(w, 2 * _numerics.eps(w.dtype) + sum_rounding(v), slack)
         up = jnp.where(near, _above(v, normal, 0 * normal, axis), 0)
         return _lower(v, normal, jnp.maximum(up, 0))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The inner products of units with the normal."""
+        del memory
+        offset = value(self.offset, jnp.dtype(jnp.float32))
+        return Gauge("inner products", self._products(w), None, offset)
 
 
 half_space = HalfSpace
@@ -445,6 +486,8 @@ class Affine(UnitSet):
                [2. ]], dtype=float32)
     """
 
+    formula = "{ w : A u = {b} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -519,6 +562,16 @@ class Affine(UnitSet):
             return q.T, point
         rows, mix, *point = (jnp.asarray(x, dtype) for x in self._found)
         return rows, point[0] if point else _matmul(mix, b)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much each unit misses each equation."""
+        del memory
+        wide, axis = self._widen(w)
+        order = (*axis, *(a for a in range(w.ndim) if a not in axis))
+        a, b = (jnp.asarray(x, wide.dtype) for x in (self.a, self.b))
+        units = jnp.transpose(wide, order).reshape(a[0].size, -1)
+        missed = a.reshape(len(a), -1) @ units - jnp.broadcast_to(b, a.shape[:1])[:, None]
+        return Gauge("residuals", missed, 0.0, 0.0)
 
 
 affine = Affine

@@ -16,6 +16,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints._numerics import exp2, exponent_of
 from optax_constraints._sharding import automatic
@@ -54,6 +55,15 @@ class _Mirrored(MatrixSet):
     smooth = True
     square = True
     sign: ClassVar[int]
+
+    spectral = False
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The differences between each matrix and its image, which have to be zero."""
+        del memory
+        a, _ = self._matrices(w)
+        name = "entries of W - Wᵀ" if self.sign > 0 else "entries of W + Wᵀ"
+        return Gauge(name, a - self._mirror(a), 0.0, 0.0)
 
     def _mirror(self, a: jax.Array) -> jax.Array:
         return self.sign * _transpose(a)
@@ -97,6 +107,8 @@ class Symmetric(_Mirrored):
                [3., 3.]], dtype=float32)
     """
 
+    formula = "{ W : W = Wᵀ }"
+
     sign = 1
     axis: Axis = None
 
@@ -131,6 +143,8 @@ class SkewSymmetric(_Mirrored):
         Array([[ 0., -1.],
                [ 1.,  0.]], dtype=float32)
     """
+
+    formula = "{ W : W = -Wᵀ }"
 
     sign = -1
     axis: Axis = None
@@ -176,6 +190,8 @@ class PositiveSemidefinite(MatrixSet):
                [0., 0.]], dtype=float32)
     """
 
+    formula = "{ W : W = Wᵀ, λ(W) ≥ {min_eigenvalue} }"
+
     convex = True
     square = True
     min_eigenvalue: Number = number(0.0)
@@ -204,6 +220,14 @@ class PositiveSemidefinite(MatrixSet):
         bound = value(self.min_eigenvalue, a.dtype)
         slack = _eigenvalue_rounding(a) * largest + 2 * _numerics.eps(w.dtype) * largest
         return eigenvalues[..., 0] <= bound + slack
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The eigenvalues of the symmetric parts."""
+        del memory
+        a, _ = self._matrices(w)
+        a = jnp.where(jnp.isfinite(a), a, 0)
+        low = value(self.min_eigenvalue, a.dtype)
+        return Gauge("eigenvalues", jnp.linalg.eigvalsh((a + jnp.swapaxes(a, -1, -2)) / 2), low)
 
 
 positive_semidefinite = PositiveSemidefinite
@@ -315,6 +339,8 @@ class Radial(Constraint):
                [1., 1., 1.]], dtype=float32)
     """
 
+    formula = "{ w : wᵢⱼ depends on max(|i - c|, |j - c|) only, c the centre }"
+
     convex = True
     smooth = True
 
@@ -326,6 +352,11 @@ class Radial(Constraint):
         if not w.size:
             return w
         return automatic(_mean_of_rings, wide).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much entries differ from the mean of their ring."""
+        del memory
+        return Gauge("differences from the mean of the ring", w - self(w), 0.0, 0.0)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None

@@ -8,7 +8,7 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, difference
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import (
     Number,
     concrete,
@@ -263,6 +264,23 @@ class _NormSet(InParts, UnitSet):
             return None
         return norm >= self._bound(norm.dtype, norm) * (1 - 2 * _numerics.eps(dtype))
 
+    _gauged: ClassVar[str] = "norms"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The norm of each unit; where bounds go by that at init, as a part of the largest."""
+        norm = self._norm(w)
+        at_init: Any = memory if self.remembers and not isinstance(memory, tuple) else norm
+        low, high = self._least(norm.dtype, at_init), self._bound(norm.dtype, at_init)
+        if not self.remembers:
+            return Gauge(self._gauged, norm, low, high)
+        largest = jnp.where(high > 0, high, 1)
+        low = None if low is None else low / largest
+        return Gauge(f"{self._gauged} / bound", norm / largest, low, jnp.minimum(high, 1))
+
+    def _least(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array | None:
+        """The least norm, if there is one above zero."""
+        return self._bound(dtype, at_init) if self.smooth else None
+
 
 def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
     return (w.astype(_numerics.compute_dtype(w.dtype)) * scale).astype(w.dtype)
@@ -361,6 +379,8 @@ class MaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
+    formula = "{ w : ‖u‖₂ ≤ {max_value} }"
+
     max_value: Number = number(2, low=0, init=True)
     axis: Axis = 0
 
@@ -404,10 +424,14 @@ class MaxRMS(_NormSet):
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
 
+    formula = "{ w : rms(u) ≤ {max_value} }"
+
     max_value: Number = number(low=0, init=True)
     axis: Axis = None
 
     convex = True
+
+    _gauged = "root mean squares"
 
     def _one(self, size: int) -> float:
         return math.sqrt(max(size, 1))
@@ -459,6 +483,8 @@ class MinMaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
+    formula = "{ w : {min_value} ≤ ‖u‖₂ ≤ {max_value} }"
+
     min_value: Number = number(0.0, low=0, init=True)
     max_value: Number = number(1.0, low=0, init=True)
     rate: Number = number(1.0, low=0, high=1)
@@ -501,6 +527,9 @@ class MinMaxNorm(_NormSet):
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
 
+    def _least(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array | None:
+        return value(self.min_value, dtype, at_init)
+
     def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
         high = super()._reaches(norm, dtype)
         low = value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(dtype))
@@ -538,6 +567,8 @@ class UnitNorm(_NormSet):
         Array([[0.6, 0. ],
                [0.8, 0. ]], dtype=float32)
     """
+
+    formula = "{ w : ‖u‖₂ = 1 }"
 
     axis: Axis = 0
 
@@ -591,6 +622,8 @@ class FixedNorm(_NormSet):
                [8.]], dtype=float32)
     """
 
+    formula = "{ w : ‖u‖₂ = {value} }"
+
     value: Number = number(low=0, init=True)
     axis: Axis = None
 
@@ -639,6 +672,10 @@ class FixedRMS(FixedNorm):
         >>> oc.fixed_rms(1.0)(jnp.array([3.0, 4.0, 0.0, 0.0]))
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
+
+    formula = "{ w : rms(u) = {value} }"
+
+    _gauged = "root mean squares"
 
     def _one(self, size: int) -> float:
         return math.sqrt(max(size, 1))

@@ -18,6 +18,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout, drop_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_numbers, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
@@ -107,6 +108,8 @@ class MaxOperatorNorm(Constraint):
         >>> round(1 / float(bound(blur)[0, 0, 0, 0]), 2)
         9.36
     """
+
+    formula = "{ K : bound(K) ≤ {max_value} }, with bound(K) ≥ ‖x ↦ K * x‖₂"
 
     max_value: Number = number(low=0)
     strides: Sizes = None
@@ -238,6 +241,13 @@ class MaxOperatorNorm(Constraint):
                 f"{where}: padding='CIRCULAR' with input_dilation={self.input_dilation!r} has no "
                 "bound here; pad with zeros, or leave this leaf free with None."
             )
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The bounds of the groups."""
+        del memory
+        kernels, _ = self._kernels(w)
+        norms = _bounds(kernels, *self._phases(w.shape)) if w.size else jnp.zeros(0)
+        return Gauge("operator norms", norms, None, value(self.max_value, kernels.dtype))
 
 
 max_operator_norm = MaxOperatorNorm

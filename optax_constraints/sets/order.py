@@ -18,6 +18,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, remove_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
@@ -149,6 +150,21 @@ class Monotone(UnitSet):
             )
 
         return automatic(tied, w, spec=PartitionSpec())
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        less = "≤" if self.increasing else "≥"
+        if isinstance(self.axis, int) or (isinstance(self.axis, tuple) and len(self.axis) == 1):
+            return f"{{ w : u₁ {less} u₂ {less} … {less} uₙ }}"
+        return f"{{ w : uᵢ {less} uⱼ where i ≤ j }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The steps from each entry of a unit to the next, upwards in an allowed one."""
+        del memory
+        wide, axes = self._widen(w)
+        steps = [jnp.diff(wide, axis=axis).ravel() for axis in axes]
+        return Gauge("steps", (1 if self.increasing else -1) * jnp.concatenate(steps), 0.0)
 
 
 monotone = Monotone
@@ -489,6 +505,23 @@ class TopK(InParts, UnitSet):
         text = super().__str__()
         return text.replace(", 'entries'", "").replace(", 'units'", " units")
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        size = " n" if _is_fraction(self.k) else ""
+        if self.of == "units":
+            return f"{{ w : at most {{k}}{size} units u ≠ 0 }}"
+        return f"{{ w : ‖u‖₀ ≤ {{k}}{size} }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The nonzero entries of each unit, or units, counted."""
+        del memory
+        units, high = self._units(w), self._count(w)
+        counts = units.count((w != 0,))
+        if self.of == "units":
+            return Gauge("nonzero units", jnp.sum(counts > 0), None, high)
+        return Gauge("nonzeros", counts, None, high)
+
 
 top_k = TopK
 
@@ -669,6 +702,8 @@ class NM(LineSet):
         Array([1. , 0.5], dtype=float32)
     """
 
+    formula = "{ w : at most {n} of each {m} consecutive entries of u ≠ 0 }"
+
     n: Number = number(2, low=1, whole=True)
     m: int = 4
     axis: Axis = 0
@@ -712,6 +747,13 @@ class NM(LineSet):
         n = value(self.n, jnp.dtype(jnp.int32))
         full = functools.partial(_are_full, m=self.m, axis=axis)
         return automatic(full, w, n, spec=PartitionSpec())
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The nonzeros of each group, counted."""
+        del memory
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        counts = jnp.sum(_grouped(w, self.m, axis) != 0, axis=axis + 1)
+        return Gauge("nonzeros of each group", counts, None, value(self.n, jnp.dtype(jnp.int32)))
 
 
 nm = NM

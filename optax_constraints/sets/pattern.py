@@ -13,6 +13,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout, drop_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import unread
 from optax_constraints._numerics import is_array, is_readable
 from optax_constraints._sharding import automatic
@@ -148,6 +149,20 @@ class Mask(Elementwise):
             return None
         return jnp.broadcast_to(beside(~self._free("", w.shape), w), w.shape)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w = 0 where {'w₀' if self.remembers else 'mask'} = 0 }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries; only a zero is allowed where the mask has one."""
+        if self.remembers:
+            free = memory if is_array(memory) else self.remember(w)
+        else:
+            free = beside(self._free("", w.shape), w)
+        most = jnp.where(free, jnp.inf, 0)
+        return Gauge("entries", w, -most, most, (0.0,))
+
 
 mask = Mask
 
@@ -183,6 +198,8 @@ class ZeroDiagonal(Elementwise):
                [1., 0.]], dtype=float32)
     """
 
+    formula = "{ W : Wᵢᵢ = 0 }"
+
     smooth = True
     sign_preserving = True
 
@@ -207,6 +224,11 @@ class ZeroDiagonal(Elementwise):
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The diagonal."""
         return jnp.broadcast_to(jnp.eye(w.shape[-1], dtype=bool), w.shape)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries of diagonals."""
+        del memory
+        return Gauge("entries of the diagonal", jnp.diagonal(w, axis1=-2, axis2=-1), 0.0, 0.0)
 
 
 zero_diagonal = ZeroDiagonal
@@ -321,6 +343,17 @@ class Sign(Elementwise):
         """The entries that are zero and have a sign; None if that is the one at init."""
         return None if self.remembers else (self._signs(w, ()) != 0) & (w == 0)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w · {'sign(w₀)' if self.remembers else 'pattern'} ≥ 0 }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries; which are allowed on what side of zero, the pattern says."""
+        signs = self._signs(w, memory)
+        low, high = jnp.where(signs > 0, 0, -jnp.inf), jnp.where(signs < 0, 0, jnp.inf)
+        return Gauge("entries", w, low, high, (0.0,))
+
 
 sign = Sign
 
@@ -364,6 +397,8 @@ class Tied(Constraint):
                [3., 3.]], dtype=float32)
     """
 
+    formula = "{ w : wᵢ = wⱼ where {labels}ᵢ = {labels}ⱼ }"
+
     labels: jax.typing.ArrayLike | list | Callable[[tuple[int, ...]], jax.typing.ArrayLike]
 
     convex = True
@@ -381,6 +416,11 @@ class Tied(Constraint):
         if not w.size:
             return w
         return automatic(_ties, w, beside(jnp.asarray(labels), w), _sizes(labels))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much entries differ from the mean of their label."""
+        del memory
+        return Gauge("differences from the mean of the label", w - self(w), 0.0, 0.0)
 
     def _labels(self, path: str | None, shape: tuple[int, ...]) -> Any:
         labels = _renumbered(self.labels(shape)) if callable(self.labels) else self.labels

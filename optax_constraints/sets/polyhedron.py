@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
@@ -68,6 +69,8 @@ class Polyhedron(UnitSet):
         Array([[0.5 , 0.25, 0.5 ],
                [0.5 , 0.5 , 0.25]], dtype=float32)
     """
+
+    formula = "{ w : G u ≤ {h} }"
 
     convex: ClassVar[bool] = True
 
@@ -161,6 +164,15 @@ class Polyhedron(UnitSet):
             return jnp.any(near, axis=0).reshape(beside)
 
         return automatic(tight, wide, self.g, self.h, spec=PartitionSpec())
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Of each unit and inequality, the product less the bound."""
+        del memory
+        wide, _ = self._widen(w)
+        units, _ = _as_columns(wide, self._unit_axes(None, w.shape))
+        g, h = (jnp.asarray(x, wide.dtype) for x in (self.g, self.h))
+        above = g @ units - jnp.broadcast_to(h, g.shape[:1])[:, None]
+        return Gauge("products less bounds", above, None, 0.0)
 
 
 polyhedron = Polyhedron

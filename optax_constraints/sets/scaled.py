@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints.sets._common import MatrixSet, spectral_tolerance
@@ -118,6 +119,8 @@ class FixedSpectralNorm(Scaled):
                [0. , 0.5]], dtype=float32)
     """
 
+    formula = "{ W : σ₁(W) = {value} }"
+
     value: Number = number(low=0)
     axis: Axis = None
 
@@ -127,6 +130,11 @@ class FixedSpectralNorm(Scaled):
     def _touches(self, w: jax.Array) -> jax.Array:
         """All matrices but those of zeros."""
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values, of which the largest is given."""
+        gauge = super().gauge(w, memory)
+        return dataclasses.replace(gauge, high=value(self.value, gauge.values.dtype))
 
 
 fixed_spectral_norm = FixedSpectralNorm

@@ -18,6 +18,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import describe, shown
@@ -539,6 +540,20 @@ class BoxSection(InParts, UnitSet):
         if self.equality:
             return at_bound
         return at_bound | _reaches(parts, section, units, _numerics.eps(w.dtype), 0.0)
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        low = "" if self.lower is None else "{lower} ≤ "
+        high = "" if self.upper is None else " ≤ {upper}"
+        product = "Σᵢ uᵢ" if self.normal is None else "⟨{normal}, u⟩"
+        return f"{{ w : {low}u{high}, {product} {'=' if self.equality else '≤'} {{value}} }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        section = self._section((w,), _numerics.compute_dtype(w.dtype), self._units(w))
+        return Gauge("entries", w, section.lower[0], section.upper[0])
 
 
 box_section = BoxSection

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
@@ -85,6 +86,15 @@ class _Bent(LineSet):
             along, self.sign * w.astype(v.dtype), self.sign * v, gaps, slack
         )
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much slopes rise (fall, for concave ones) from each knot to the next."""
+        del memory
+        wide, axes = self._widen(w)
+        axis = self._check(None, w.shape, axes)
+        columns = jnp.moveaxis(self.sign * wide, axis, 0).reshape(w.shape[axis], -1)
+        bends = _bends(columns, self._gaps(w.shape[axis], wide.dtype))
+        return Gauge("changes of slope", bends, 0.0)
+
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal slopes, up to rounding."""
         wide, axes = self._widen(w)
@@ -145,6 +155,8 @@ class ConvexSequence(_Bent):
         Array([1., 2., 3., 8.], dtype=float32)
     """
 
+    formula = "{ w : (uᵢ - uᵢ₋₁) / (tᵢ - tᵢ₋₁) ≤ (uᵢ₊₁ - uᵢ) / (tᵢ₊₁ - tᵢ) }"
+
     sign = 1
 
     axis: Axis = 0
@@ -180,6 +192,8 @@ class ConcaveSequence(_Bent):
         >>> oc.concave_sequence(knots=[0.0, 1.0, 3.0])(jnp.array([0.0, -2.0, 3.0])).round(3)
         Array([-1.286, -0.071,  2.357], dtype=float32)
     """
+
+    formula = "{ w : (uᵢ - uᵢ₋₁) / (tᵢ - tᵢ₋₁) ≥ (uᵢ₊₁ - uᵢ) / (tᵢ₊₁ - tᵢ) }"
 
     sign = -1
 

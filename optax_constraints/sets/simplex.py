@@ -21,6 +21,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints.sets._common import (
     InParts,
@@ -253,6 +254,8 @@ class Simplex(_ThresholdSet):
                [0.  , 0.  ]], dtype=float32)
     """
 
+    formula = "{ w : u ≥ 0, Σᵢ uᵢ = {total} }"
+
     convex: ClassVar[bool] = True
 
     total: Number = number(1.0, low=0, high=MAX)
@@ -273,6 +276,11 @@ class Simplex(_ThresholdSet):
         """The units with an entry of 0."""
         wide, axis = self._widen(w)
         return jnp.any(wide <= 0, axis=axis, keepdims=True)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, 0.0)
 
 
 simplex = Simplex
@@ -309,6 +317,8 @@ class L1Ball(_ThresholdSet):
                [ 0.   ,  0.125]], dtype=float32)
     """
 
+    formula = "{ w : ‖u‖₁ ≤ {radius} }"
+
     convex: ClassVar[bool] = True
 
     radius: Number = number(1.0, low=0)
@@ -343,6 +353,13 @@ class L1Ball(_ThresholdSet):
         wide, axis = self._widen(w)
         bound = value(self.radius, wide.dtype) * (1 - 2 * _numerics.eps(w.dtype))
         return jnp.sum(jnp.abs(wide), axis=axis, keepdims=True) >= bound
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The sums of the magnitudes of units."""
+        del memory
+        wide, axis = self._widen(w)
+        high = value(self.radius, wide.dtype)
+        return Gauge("sums of magnitudes", jnp.sum(jnp.abs(wide), axis=axis), None, high)
 
 
 l1_ball = L1Ball

@@ -21,7 +21,8 @@ from optax_constraints import _numerics
 from optax_constraints._args import Arg
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Number, is_schedule, number, value
+from optax_constraints._gauge import Gauge
+from optax_constraints._numbers import Number, is_number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import shown
 from optax_constraints.sets._common import MatrixSet, positive_part
@@ -98,6 +99,18 @@ class Orthogonal(MatrixSet):
         """All matrices but those of zeros."""
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        factor = "" if is_number(self.scale, 1) else "{scale}² "
+        return f"{{ W : WᵀW = {factor}I }}, or WWᵀ = {factor}I if W is wide"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values."""
+        gauge = super().gauge(w, memory)
+        scale = value(self.scale, gauge.values.dtype)
+        return dataclasses.replace(gauge, low=scale, high=scale)
+
 
 orthogonal = Orthogonal
 
@@ -152,6 +165,8 @@ class MaxSpectralNorm(Scaled):
                [0. , 0.5]], dtype=float32)
     """
 
+    formula = "{ W : σ₁(W) ≤ {max_value} }"
+
     max_value: Number = number(1.0, low=0)
     axis: Axis = None
     method: Literal["clip", "scale"] = "clip"
@@ -198,6 +213,11 @@ class MaxSpectralNorm(Scaled):
             return largest_value(a) >= low
         return ~_surely_inside(a, low)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values."""
+        gauge = super().gauge(w, memory)
+        return dataclasses.replace(gauge, high=value(self.max_value, gauge.values.dtype))
+
 
 max_spectral_norm = MaxSpectralNorm
 
@@ -231,6 +251,8 @@ class NuclearNormBall(MatrixSet):
         Array([[1.5, 0. ],
                [0. , 0.5]], dtype=float32)
     """
+
+    formula = "{ W : Σᵢ σᵢ(W) ≤ {radius} }"
 
     convex = True
     radius: Number = number(1.0, low=0)
@@ -296,6 +318,8 @@ class LowRank(MatrixSet):
                [0., 1.]], dtype=float32)
     """
 
+    formula = "{ W : rank W ≤ {rank} }"
+
     smooth = True
     rank: Number = number(low=0, whole=True)
     axis: Axis = None
@@ -326,6 +350,12 @@ class LowRank(MatrixSet):
         factors = _svd(a * _down(a))
         count = lax.broadcasted_iota(a.dtype, factors.s.shape, factors.s.ndim - 1)
         return b - _beyond(factors, b, count < value(self.rank, a.dtype))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values, of which only so many may be above zero."""
+        gauge = super().gauge(w, memory)
+        counts = jnp.arange(gauge.values.shape[-1]) < value(self.rank, jnp.dtype(jnp.int32))
+        return dataclasses.replace(gauge, high=jnp.where(counts, jnp.inf, 0))
 
 
 low_rank = LowRank

@@ -17,6 +17,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import exp2, exponent_of
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import describe, shown
@@ -54,6 +55,13 @@ class _Plans(MatrixSet):
         allowed = (rows[:, None] > 0) & (columns[None, :] > 0)
         return _along_plan(free, vary_like(jnp.broadcast_to(allowed, a.shape), b), b)
 
+    spectral = False
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, 0.0)
+
     def _touches(self, w: jax.Array) -> jax.Array:
         """The entries that are zero."""
         return w <= 0
@@ -84,6 +92,8 @@ class DoublyStochastic(_Plans):
         Array([[0.65, 0.35],
                [0.35, 0.65]], dtype=float32)
     """
+
+    formula = "{ W : W ≥ 0, Σⱼ Wᵢⱼ = 1, Σᵢ Wᵢⱼ = 1 }"
 
     square: ClassVar[bool] = True
     axis: Axis = None
@@ -139,6 +149,8 @@ class Transport(_Plans):
         Array([[1.75, 1.25],
                [0.25, 0.75]], dtype=float32)
     """
+
+    formula = "{ W : W ≥ 0, Σⱼ Wᵢⱼ = {rows}ᵢ, Σᵢ Wᵢⱼ = {columns}ⱼ }"
 
     rows: Any
     columns: Any

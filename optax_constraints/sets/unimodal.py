@@ -129,6 +129,13 @@ class Unimodal(LineSet):
 
         return automatic(tied, w, spec=PartitionSpec())
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        if self.peak is None:
+            return "{ w : u₁ ≤ … ≤ uₚ ≥ … ≥ uₙ for some p }"
+        return "{ w : u[0] ≤ … ≤ u[{peak}] ≥ … ≥ u[n - 1] }"
+
 
 unimodal = Unimodal
 
