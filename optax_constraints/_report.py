@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
+from optax_constraints._constraint import Constraint
 from optax_constraints._groups import Group
 from optax_constraints._patterns import Rules
 from optax_constraints._violations import distance, visits
@@ -145,7 +146,7 @@ def report(  # noqa: D417  # what verbs share is said once, in `constrain`
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
     found = visits("report", params, rules, step, state, extra, layout, strict)
-    return Report(tuple(row for visit in found for row in _rows(visit)))
+    return Report(tuple(row for visit in found for row in rows_of(visit)))
 
 
 def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constrain`
@@ -196,13 +197,8 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
         away = _read("assert_feasible", bound, distance(weights, constraint, memory))
-        norms = [
-            float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
-            for w in arrays
-        ]
+        rounding = allowance(constraint, arrays, tolerance)
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
-            eps = max(_numerics.eps(w.dtype) for w in arrays)
-            rounding = 0 if constraint.elementwise else tolerance * eps * math.hypot(*norms)
             if not own <= rounding:  # also if it is NaN
                 shape = "x".join(map(str, w.shape)) or "scalar"
                 text = f"{path} ({shape}, {w.dtype}) is {own:.3g} from {constraint}"
@@ -223,7 +219,27 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         )
 
 
-def _rows(visit: Visit) -> list[Row]:
+def allowance(constraint: Constraint, arrays: list[jax.Array], tolerance: float) -> float:
+    """How far outside its set a leaf, or each of a group, may be by rounding.
+
+    Args:
+        constraint: The constraint.
+        arrays: The leaf, or the leaves of a group.
+        tolerance: So many machine epsilons of the norm. Elementwise sets have none.
+
+    Returns:
+        A distance.
+    """
+    if constraint.elementwise:
+        return 0.0
+    norms = [
+        float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
+        for w in arrays
+    ]
+    return tolerance * max(_numerics.eps(w.dtype) for w in arrays) * math.hypot(*norms)
+
+
+def rows_of(visit: Visit) -> list[Row]:
     """A row for each array of a leaf or group; the first says what holds for all."""
     bound, constraint, weights, memory = visit
     if constraint is None and not hasattr(weights, "shape"):
