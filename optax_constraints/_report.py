@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,28 +219,64 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         )
 
 
-def allowance(constraint: Constraint, arrays: list[jax.Array], tolerance: float) -> float:
+def norm_of(w: jax.Array) -> jax.Array:
+    """The norm of an array, in float32 or wider."""
+    return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
+
+
+def allowance(
+    constraint: Constraint,
+    arrays: list[jax.Array],
+    tolerance: float,
+    norm: Callable[[jax.Array], jax.Array] = norm_of,
+) -> float:
     """How far outside its set a leaf, or each of a group, may be by rounding.
 
     Args:
         constraint: The constraint.
         arrays: The leaf, or the leaves of a group.
         tolerance: So many machine epsilons of the norm. Elementwise sets have none.
+        norm: `norm_of`, or that compiled.
 
     Returns:
         A distance.
     """
     if constraint.elementwise:
         return 0.0
-    norms = [
-        float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
-        for w in arrays
-    ]
-    return tolerance * max(_numerics.eps(w.dtype) for w in arrays) * math.hypot(*norms)
+    eps = max(_numerics.eps(w.dtype) for w in arrays)
+    return tolerance * eps * math.hypot(*(float(norm(w)) for w in arrays))
 
 
-def rows_of(visit: Visit) -> list[Row]:
-    """A row for each array of a leaf or group; the first says what holds for all."""
+class Measured(NamedTuple):
+    """What `measure` returns."""
+
+    outside: Any
+    """How far each array is outside its set."""
+    units: int | jax.Array | None
+    """How many parts are constrained each by itself."""
+    at_bound: jax.Array | None
+    """How many of them lie on the boundary of their set."""
+
+
+def measure(constraint: Constraint, weights: Any, memory: Any) -> Measured:
+    """What a report says of the weights of a leaf or group."""
+    outside = distance(weights, constraint, memory)
+    at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
+    if at_bound is None:
+        return Measured(outside, None, None)
+    return Measured(outside, at_bound.size, at_bound.sum())
+
+
+def rows_of(visit: Visit, measure: Callable[..., Measured] = measure) -> list[Row]:
+    """A row for each array of a leaf or group; the first says what holds for all.
+
+    Args:
+        visit: The leaf or group.
+        measure: `measure`, or that compiled.
+
+    Returns:
+        The rows.
+    """
     bound, constraint, weights, memory = visit
     if constraint is None and not hasattr(weights, "shape"):
         if not isinstance(weights, (int, float, complex)):
@@ -255,8 +291,8 @@ def rows_of(visit: Visit) -> list[Row]:
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    away = _read("report", bound, distance(weights, constraint, memory))
-    at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
+    measured = measure(constraint, weights, memory)
+    away = _read("report", bound, measured.outside)
     name = bound.path if bound.is_group else None
     rows = [
         dataclasses.replace(row, constraint=str(constraint), outside=own, group=name)
@@ -266,8 +302,8 @@ def rows_of(visit: Visit) -> list[Row]:
     rows[0] = dataclasses.replace(
         rows[0],
         axis=getattr(own, "axis", None),
-        units=None if at_bound is None else at_bound.size,
-        at_bound=None if at_bound is None else int(at_bound.sum()),
+        units=None if measured.units is None else int(measured.units),
+        at_bound=None if measured.at_bound is None else int(measured.at_bound),
     )
     return rows
 
