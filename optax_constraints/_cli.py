@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -20,7 +21,7 @@ from optax_constraints import __version__
 from optax_constraints._checkpoints import CheckpointError, open_checkpoint
 from optax_constraints._config import deserialize, strict_json
 from optax_constraints._patterns import needs_layout, parse
-from optax_constraints._report import Report, Row, allowance, measure, norm_of, rows_of
+from optax_constraints._report import Report, Row, allowance, rows_of
 from optax_constraints._rules import Binder
 from optax_constraints._walk import Bindings, Visit, memory_in, states_in
 
@@ -326,19 +327,25 @@ def _bytes_to_read(bound: Bindings) -> int:
 
 
 def _measure(visits: Iterator[Visit], total: int, tolerance: float) -> Iterator[_Found]:
-    # Compiled, they make no arrays as large as the leaf on their way.
-    compiled, norm = jax.jit(measure), jax.jit(norm_of)
     with _progress(total) as advance:
         for visit in visits:
-            rows, allowed = rows_of(visit, compiled), None
+            rows, allowed = rows_of(visit, _compiled), None
             if visit.constraint is not None:
                 arrays = jax.tree.leaves(visit.weights)
-                allowed = allowance(visit.constraint, arrays, tolerance, norm)
+                allowed = allowance(visit.constraint, arrays, tolerance, _compiled)
                 advance(sum(array.nbytes for array in arrays))
                 del arrays
             del visit  # and with it the array, before the next one is read
             for row in rows:
                 yield _Found(row, allowed)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a compiled function, which makes fewer arrays of the size of a leaf on its way."""
+    return _jit(function)(*arguments)
+
+
+_jit = functools.cache(jax.jit)
 
 
 @contextlib.contextmanager

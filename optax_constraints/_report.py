@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +219,11 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         )
 
 
-def norm_of(w: jax.Array) -> jax.Array:
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _norm(w: jax.Array) -> jax.Array:
     """The norm of an array, in float32 or wider."""
     return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
 
@@ -228,7 +232,7 @@ def allowance(
     constraint: Constraint,
     arrays: list[jax.Array],
     tolerance: float,
-    norm: Callable[[jax.Array], jax.Array] = norm_of,
+    run: Callable[..., Any] = _run,
 ) -> float:
     """How far outside its set a leaf, or each of a group, may be by rounding.
 
@@ -236,7 +240,7 @@ def allowance(
         constraint: The constraint.
         arrays: The leaf, or the leaves of a group.
         tolerance: So many machine epsilons of the norm. Elementwise sets have none.
-        norm: `norm_of`, or that compiled.
+        run: Calls a function with arguments; it may compile it.
 
     Returns:
         A distance.
@@ -244,35 +248,21 @@ def allowance(
     if constraint.elementwise:
         return 0.0
     eps = max(_numerics.eps(w.dtype) for w in arrays)
-    return tolerance * eps * math.hypot(*(float(norm(w)) for w in arrays))
+    return tolerance * eps * math.hypot(*(float(run(_norm, w)) for w in arrays))
 
 
-class Measured(NamedTuple):
-    """What `measure` returns."""
-
-    outside: Any
-    """How far each array is outside its set."""
-    units: int | jax.Array | None
-    """How many parts are constrained each by itself."""
-    at_bound: jax.Array | None
-    """How many of them lie on the boundary of their set."""
-
-
-def measure(constraint: Constraint, weights: Any, memory: Any) -> Measured:
-    """What a report says of the weights of a leaf or group."""
-    outside = distance(weights, constraint, memory)
+def _units(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
+    """How many parts are constrained each by itself, and how many are at their bound."""
     at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
-    if at_bound is None:
-        return Measured(outside, None, None)
-    return Measured(outside, at_bound.size, at_bound.sum())
+    return (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
 
 
-def rows_of(visit: Visit, measure: Callable[..., Measured] = measure) -> list[Row]:
+def rows_of(visit: Visit, run: Callable[..., Any] = _run) -> list[Row]:
     """A row for each array of a leaf or group; the first says what holds for all.
 
     Args:
         visit: The leaf or group.
-        measure: `measure`, or that compiled.
+        run: Calls a function with arguments; it may compile it.
 
     Returns:
         The rows.
@@ -291,8 +281,8 @@ def rows_of(visit: Visit, measure: Callable[..., Measured] = measure) -> list[Ro
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    measured = measure(constraint, weights, memory)
-    away = _read("report", bound, measured.outside)
+    away = _read("report", bound, run(distance, weights, constraint, memory))
+    units, at_bound = run(_units, constraint, weights, memory)
     name = bound.path if bound.is_group else None
     rows = [
         dataclasses.replace(row, constraint=str(constraint), outside=own, group=name)
@@ -302,8 +292,8 @@ def rows_of(visit: Visit, measure: Callable[..., Measured] = measure) -> list[Ro
     rows[0] = dataclasses.replace(
         rows[0],
         axis=getattr(own, "axis", None),
-        units=None if measured.units is None else int(measured.units),
-        at_bound=None if measured.at_bound is None else int(measured.at_bound),
+        units=None if units is None else int(units),
+        at_bound=None if at_bound is None else int(at_bound),
     )
     return rows
 
