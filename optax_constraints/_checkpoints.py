@@ -6,6 +6,7 @@ or mesh is needed: an array comes whole, however many devices or processes wrote
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import math
@@ -43,9 +44,15 @@ class Leaf:
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def __jax_array__(self) -> jax.Array:
-        """Reads the array, for JAX on a CPU without a copy if it is aligned for that."""
+        """Reads the array, which JAX on a CPU uses without a copy if it is aligned for that."""
+        if math.prod(self.shape) * self.dtype.itemsize >= _LARGE:
+            # What JAX took over from NumPy before comes back only when Python collects.
+            gc.collect()
         return jax.device_put(np.asarray(self), may_alias=True)
 
+
+# Bytes that are worth the time, some 0.1 s.
+_LARGE = 2**24
 
 Leaves: TypeAlias = dict[tuple[str, ...], Leaf]
 

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # somebody read enough, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it as it ends
         return UNKNOWN
+    except (TypeError, ValueError) as error:  # the library's own, of rules and leaves
+        return _fail(str(error).replace("pass strict=False", "pass --no-strict"))
     except Exception as error:
         # Python's own status for an error is 1, which would say that weights are outside.
         return _fail(f"{type(error).__name__}: {error}")
@@ -157,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -335,7 +337,7 @@ def _measure(visits: Iterator[Visit], total: int, tolerance: float) -> Iterator[
                 allowed = allowance(visit.constraint, arrays, tolerance, _compiled)
                 advance(sum(array.nbytes for array in arrays))
                 del arrays
-            del visit  # and with it the array, before the next one is read
+            del visit  # lest its array be there when the next one is read
             for row in rows:
                 yield _Found(row, allowed)
 
