@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -179,7 +179,7 @@ def report(  # noqa: D417  # what verbs share is said once, in `constrain`
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
     found = visits("report", params, rules, step, state, extra, layout, strict)
-    return Report(tuple(row for visit in found for row in _rows(visit)))
+    return Report(tuple(row for visit in found for row in rows_of(visit)))
 
 
 def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constrain`
@@ -230,7 +230,7 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
         away = _read("assert_feasible", bound, distance(weights, constraint, memory))
-        rounding = _rounding(constraint, arrays, away, tolerance)
+        rounding = allowance(constraint, arrays, tolerance) if any(away) else 0.0
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
             if not own <= rounding:  # also if it is NaN
                 shape = "x".join(map(str, w.shape)) or "scalar"
@@ -252,8 +252,64 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         )
 
 
-def _rows(visit: Visit) -> list[Row]:
-    """A row for each array of a leaf or group; the first says what holds for all."""
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _norm(w: jax.Array) -> jax.Array:
+    """The norm of an array, in float32 or wider."""
+    return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
+
+
+def allowance(
+    constraint: Constraint,
+    arrays: list[jax.Array],
+    tolerance: float,
+    run: Callable[..., Any] = _run,
+) -> float:
+    """How far outside its set a leaf, or each of a group, may be by rounding.
+
+    Args:
+        constraint: The constraint.
+        arrays: The leaf, or the leaves of a group.
+        tolerance: So many machine epsilons of the norm. Elementwise sets have none.
+        run: Calls a function with arguments; it may compile it.
+
+    Returns:
+        A distance.
+    """
+    if constraint.elementwise:
+        return 0.0
+    eps = max(_numerics.eps(w.dtype) for w in arrays)
+    return tolerance * eps * math.hypot(*(float(run(_norm, w)) for w in arrays))
+
+
+def _seen(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
+    """How far outside weights are, and of how many units how many are at their bound."""
+    projected, _ = constraint.advance(weights, memory)
+    at_bound = constraint.on_bound(projected)
+    counts = (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
+    return between(weights, projected), *counts
+
+
+def rows_of(
+    visit: Visit,
+    run: Callable[..., Any] = _run,
+    *,
+    tolerance: float = 16.0,
+    histograms: bool = True,
+) -> list[Row]:
+    """A row for each array of a leaf or group; the first says what holds for all.
+
+    Args:
+        visit: The leaf or group.
+        run: Calls a function with arguments; it may compile it.
+        tolerance: As for `assert_feasible`.
+        histograms: Whether rows say where each unit stands.
+
+    Returns:
+        The rows.
+    """
     bound, constraint, weights, memory = visit
     if constraint is None and not hasattr(weights, "shape"):
         if not isinstance(weights, (int, float, complex)):
@@ -268,25 +324,24 @@ def _rows(visit: Visit) -> list[Row]:
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    projected, _ = constraint.advance(weights, memory)
-    away = _read("report", bound, between(weights, projected))
-    at_bound = constraint.on_bound(projected)
-    arrays = jax.tree.leaves(weights)
-    rounding = _rounding(constraint, arrays, away)
+    distances, units, at_bound = run(_seen, constraint, weights, memory)
+    away = _read("report", bound, distances)
+    allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
     rows = [
         dataclasses.replace(
-            row, constraint=str(constraint), outside=own, group=name, inside=own <= rounding
+            row, constraint=str(constraint), outside=own, group=name, inside=own <= allowed
         )
         for row, own in zip(rows, away, strict=True)
     ]
     own = constraint.constraint if isinstance(constraint, Group) else constraint
+    inside = all(row.inside for row in rows)
     rows[0] = dataclasses.replace(
         rows[0],
         axis=getattr(own, "axis", None),
-        units=None if at_bound is None else at_bound.size,
-        at_bound=None if at_bound is None else int(at_bound.sum()),
-        histogram=_histogram(constraint, weights, memory, all(row.inside for row in rows)),
+        units=None if units is None else int(units),
+        at_bound=None if at_bound is None else int(at_bound),
+        histogram=_histogram(constraint, weights, memory, inside) if histograms else None,
     )
     return rows
 
@@ -302,17 +357,6 @@ def _histogram(constraint: Constraint, weights: Any, memory: Any, inside: bool) 
         return None
     # Of a set like a sphere, what has no direction and stays zero is inside, too.
     return histogram(dataclasses.replace(found, outside=found.outside & (not inside)))
-
-
-def _rounding(
-    constraint: Constraint, arrays: list[Any], away: list[float], tolerance: float = 16.0
-) -> float:
-    """How far outside of its set a leaf or group may be by rounding."""
-    if constraint.elementwise or not any(away):
-        return 0.0
-    eps = max(_numerics.eps(w.dtype) for w in arrays)
-    wide = (w.astype(_numerics.compute_dtype(w.dtype)) for w in arrays)
-    return tolerance * eps * math.hypot(*(float(_numerics.norm(w, None).max()) for w in wide))
 
 
 def _read(verb: str, bound: Bound, distances: Any) -> list[float]:
