@@ -168,6 +168,7 @@ def qk_clip(
         Two rules.
 
     Raises:
+        TypeError: If `threshold` is no number.
         ValueError: If `threshold` is not positive; on an update, if a kernel has no maxima.
 
     Example:
@@ -183,16 +184,17 @@ def qk_clip(
         >>> optax.apply_updates(w, updates)["attention"]["query"]["kernel"][0, :, 0]
         Array([0.5, 1. ], dtype=float32)
     """
-    if not isinstance(threshold, Tracer) and not jnp.all(jnp.asarray(threshold) > 0):
-        raise ValueError(
-            f"qk_clip: threshold={shown(threshold)} is not positive; write the largest logit that "
-            "is allowed, such as 100.0."
-        )
+    try:
+        largest = jnp.asarray(threshold)
+    except TypeError as error:
+        raise TypeError(f"qk_clip: threshold={shown(threshold)} is no number; {_WRITE}") from error
+    if not isinstance(largest, Tracer) and not jnp.all(largest > 0):
+        raise ValueError(f"qk_clip: threshold={shown(threshold)} is not positive; {_WRITE}")
 
     def gamma(extra: Any, path: str) -> jax.Array:
         logits = _nearest(extra[statistic], path, statistic)
         # min(1, threshold / logits), also where all logits are negative.
-        return jnp.asarray(threshold) / jnp.maximum(logits + 1e-6, threshold)
+        return largest / jnp.maximum(logits + 1e-6, largest)
 
     def root(extra: Any, path: str) -> jax.Array:
         return jnp.sqrt(gamma(extra, path))
@@ -202,6 +204,9 @@ def qk_clip(
         return {query: half, key: half}
     first = part(half, (..., slice(nope)))
     return {query: compose(first, part(whole, (..., slice(nope, None)))), key: first}
+
+
+_WRITE = "write the largest logit that is allowed, such as 100.0."
 
 
 def _nearest(tree: Any, path: str, statistic: str) -> jax.Array:
@@ -226,7 +231,7 @@ def _nearest(tree: Any, path: str, statistic: str) -> jax.Array:
 
 
 def ngpt_rules(
-    params: Any, writes: Sequence[Pattern], *, layout: Layout | None = None
+    params: Any, writes: "Pattern | Sequence[Pattern]", *, layout: Layout | None = None
 ) -> dict[str, Constraint]:
     """Rules for a transformer on the sphere: unit norm along the residual stream, matrix by matrix.
 
@@ -238,8 +243,8 @@ def ngpt_rules(
 
     Args:
         params: The parameters, or an Equinox or NNX module.
-        writes: Patterns of what writes to the stream: the last projections of attention and of
-            the MLP. Neither shapes nor names tell them for sure.
+        writes: A pattern, or several, of what writes to the stream: the last projections of
+            attention and of the MLP. Neither shapes nor names tell them for sure.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf, for layers that
             name and rank do not tell, and for scanned ones.
 
@@ -261,7 +266,8 @@ def ngpt_rules(
         >>> print(jnp.linalg.norm(params["proj"]["kernel"], axis=1).shape, params["scale"][0])
         (16,) 1.0
     """
-    patterns = parse([(pattern, None) for pattern in writes])
+    several: Any = writes if isinstance(writes, (list, tuple)) else [writes]
+    patterns = parse([(pattern, None) for pattern in several])
     leaves = [(path, leaf, layout_of(layout, path)) for path, leaf in leaves_by_path(params)]
     for rule in patterns:
         if not any(rule.matches(*leaf) for leaf in leaves):
