@@ -50,12 +50,23 @@ class Client(NamedTuple):
     loop: str = "scan"
     tolerance: float | None = None
     """Of a difference by the largest weight; None for that of rounding."""
+    grows: bool = True
+    """Whether it also works on other sizes."""
 
     @property
     def lines(self) -> int:
         """How many lines the program's own code has for it, as it is written here."""
         lines = inspect.getsource(self.by_hand).splitlines()
         return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+    def grown(self, factor: int) -> "Client":
+        """The same on larger arrays: stacks, windows and heads stay as they are."""
+
+        def larger(x: Any) -> Any:
+            shape = tuple(factor * size if size > 4 else size for size in x.shape)
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return self._replace(like=jax.tree.map(larger, self.like)) if self.grows else self
 
     def given(self, steps: int, seed: int = 0) -> tuple[Any, Any]:
         """Parameters to start from, and inputs of all steps."""
@@ -122,6 +133,42 @@ def with_target(program: Program, rate: float = 0.1) -> Program:
         return own, optax.incremental_update(critic, carry[1], rate)
 
     return Program(init, step, lambda carry: {**program.params(carry[0]), "target": carry[1]})
+
+
+# Ways to go through steps, from parameters and inputs to the parameters after steps.
+
+
+def scan(program: Program, start: Any, inputs: Any) -> Any:
+    def step(carry: Any, given: Any) -> Any:
+        return program.step(carry, given), program.params(carry)
+
+    carry, way = jax.lax.scan(step, program.init(start), inputs)
+    return program.params(carry), way
+
+
+def fori_loop(program: Program, start: Any, inputs: Any) -> Any:
+    steps = len(jax.tree.leaves(inputs)[0])
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        return program.step(carry, jax.tree.map(lambda x: x[i], inputs))
+
+    return program.params(jax.lax.fori_loop(0, steps, step, program.init(start))), ()
+
+
+def trained(client: Client, steps: int) -> tuple[Any, Any]:
+    """What both programs come to, and the ways there, in one compiled program."""
+
+    def both(loop: Callable[..., Any], *given: Any) -> Any:
+        return loop(client.theirs, *given), loop(client.ours, *given)
+
+    if client.loop == "fori_loop under vmap":
+        seeds = [client.given(steps, seed) for seed in range(2)]
+        given = jax.tree.map(lambda *own: np.stack(own), *seeds)
+        return jax.jit(jax.vmap(lambda *given: both(fori_loop, *given)))(*given)
+    if client.loop == "pmap":
+        given = jax.tree.map(lambda x: x[None], client.given(steps))
+        return jax.pmap(lambda *given: both(scan, *given))(*given)
+    return jax.jit(lambda *given: both(scan, *given))(*client.given(steps))
 
 
 # SimbaV2: kernels of hyper_dense on spheres, of actor and of two critics.
@@ -673,7 +720,8 @@ def sae_ball() -> Client:
 
 # A recurrent network under Dale's law in Equinox, whose loop does not pass its parameters.
 
-SIGNS = np.where(np.arange(8) < 6, 1.0, -1.0)
+UNITS = 60
+SIGNS = np.where(np.arange(UNITS) < 0.8 * UNITS, 1.0, -1.0)
 
 
 class Recurrent(eqx.Module):
@@ -682,14 +730,14 @@ class Recurrent(eqx.Module):
 
     def __init__(self, key: jax.Array):
         keys = jax.random.split(key)
-        self.cell = eqx.nn.Linear(8, 8, key=keys[0])
-        self.out = eqx.nn.Linear(8, 2, key=keys[1])
+        self.cell = eqx.nn.Linear(UNITS, UNITS, key=keys[0])
+        self.out = eqx.nn.Linear(UNITS, 2, key=keys[1])
 
 
 def dale_by_hand(model):
     def law(w):
         w = jnp.where(SIGNS > 0, jnp.maximum(w, 0), jnp.minimum(w, 0))
-        return w * (1 - jnp.eye(8))
+        return w * (1 - jnp.eye(UNITS))
 
     return eqx.tree_at(lambda m: m.cell.weight, model, replace_fn=law)
 
@@ -715,6 +763,7 @@ def dale() -> Client:
         jax.eval_shape(Recurrent, jax.random.key(0)),
         by_hand(optimizer, dale_by_hand),
         Program(init, step),
+        grows=False,
     )
 
 

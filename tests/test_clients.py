@@ -1,8 +1,6 @@
 """Rules do what real programs do by hand, step by step, and catch what some of them get wrong."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +16,6 @@ from client_programs import (
     NGPT,
     NOPE,
     XQC_NET,
-    Client,
-    Program,
     adamh,
     arrays,
     bounds_by_hand,
@@ -31,6 +27,7 @@ from client_programs import (
     qk_clip_by_hand,
     qk_rules,
     simba,
+    trained,
     xqc_by_hand,
     xqc_rules,
 )
@@ -46,40 +43,7 @@ EPS = float(np.finfo(np.float32).eps)
 # most, and nothing takes that back: 100 steps add up to 100 eps and more, if all go one way.
 ROUNDING = STEPS * EPS
 
-# Ways to go through steps, from parameters and inputs to the parameters after steps.
-
-
-def scan(program: Program, start: Any, inputs: Any) -> Any:
-    def step(carry: Any, given: Any) -> Any:
-        return program.step(carry, given), program.params(carry)
-
-    carry, way = jax.lax.scan(step, program.init(start), inputs)
-    return program.params(carry), way
-
-
-def fori_loop(program: Program, start: Any, inputs: Any) -> Any:
-    def step(i: jax.Array, carry: Any) -> Any:
-        return program.step(carry, jax.tree.map(lambda x: x[i], inputs))
-
-    return program.params(jax.lax.fori_loop(0, STEPS, step, program.init(start))), ()
-
-
-@functools.cache
-def run(make: Callable[[], Client]) -> tuple[Any, Any]:
-    """What both programs come to, and the way there, in one compiled program."""
-    client = make()
-
-    def both(loop: Callable[..., Any], *given: Any) -> Any:
-        return loop(client.theirs, *given), loop(client.ours, *given)
-
-    if client.loop == "fori_loop under vmap":
-        seeds = [client.given(STEPS, seed) for seed in range(2)]
-        given = jax.tree.map(lambda *own: np.stack(own), *seeds)
-        return jax.jit(jax.vmap(lambda *given: both(fori_loop, *given)))(*given)
-    if client.loop == "pmap":
-        given = jax.tree.map(lambda x: x[None], client.given(STEPS))
-        return jax.pmap(lambda *given: both(scan, *given))(*given)
-    return jax.jit(lambda *given: both(scan, *given))(*client.given(STEPS))
+run = functools.cache(lambda make: trained(make(), STEPS))
 
 
 @pytest.mark.parametrize("make", CLIENTS, ids=lambda make: make().name)
