@@ -4,6 +4,7 @@ Imported only on request: ``from optax_constraints import recipes``.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -287,7 +288,7 @@ def ngpt_rules(
         else:
             rules[f"/{path}"] = unit_norm(axis=fan_in)
             units = [shape[axis] for axis in fan_in]
-        lengths[describe(path, shape)] = functools.reduce(int.__mul__, units, 1)
+        lengths[describe(path, shape)] = math.prod(units)
     if len(set(lengths.values())) > 1:
         told = "; ".join(f"{length} of {what}" for what, length in lengths.items())
         raise ValueError(

@@ -4,6 +4,7 @@ Each is written anew from its formulas. What a program does by hand is one funct
 replace; the optimizer around it is the same on both sides.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,7 +35,6 @@ class Program(NamedTuple):
 class Client(NamedTuple):
     """A program beside ours."""
 
-    name: str
     rule: str
     """The rules, as a table shows them."""
     by_hand: Callable[..., Any]
@@ -210,7 +210,6 @@ def simba() -> Client:
     optimizer = optax.adam(optax.linear_schedule(1e-1, 1e-3, 100))
     rules = {"hyper_dense/kernel": oc.unit_norm("fan_in")}
     return Client(
-        "SimbaV2",
         '{"hyper_dense/kernel": unit_norm("fan_in")}',
         simba_by_hand,
         {n: jax.eval_shape(m.init, jax.random.key(0), x)["params"] for n, m in models.items()},
@@ -269,7 +268,6 @@ def xqc() -> Client:
 
     ours = [optax.chain(adam, oc.project({name: own})) for name, own in rules.items()]
     return Client(
-        "XQC",
         '{joint("MLP_0/Dense_*/kernel", "MLP_0/Dense_*/bias"): unit_norm(), '
         '"predictor*/kernel": unit_norm()}',
         xqc_by_hand,
@@ -334,7 +332,6 @@ def ngpt() -> Client:
     model = jax.eval_shape(NGPT, jax.random.key(0))
     optimizer = optax.adam(0.03)
     return Client(
-        "nGPT",
         'ngpt_rules(model, writes=["proj/weight"])',
         ngpt_by_hand,
         model,
@@ -360,7 +357,6 @@ def edm2_by_hand(params, eps=1e-4):
 def edm2(eps: float = 1e-4) -> Client:
     optimizer = optax.adam(0.01)
     return Client(
-        "EDM2" if eps else "EDM2 without its eps",
         '{"weight": fixed_rms(1.0, "fan_in")}',
         edm2_by_hand,
         arrays(conv={"weight": (6, 4, 3, 3)}, linear={"weight": (5, 6)}, emb={"gain": (6,)}),
@@ -405,7 +401,6 @@ def adamh() -> Client:
 
     tx = recipes.hyperball(optax.adam(1.0, b1, b2, eps), rate, axis=(-2, -1))
     return Client(
-        "AdamH",
         "hyperball(adam(1.0), learning_rate, axis=(-2, -1))",
         adamh_by_hand,
         arrays(kernel=(12, 8), layers=(3, 8, 8)),
@@ -436,7 +431,6 @@ def muonh() -> Client:
 
     tx = recipes.hyperball(optax.contrib.muon(1.0, beta=beta, nesterov=False), rate)
     return Client(
-        "MuonH",
         "hyperball(muon(1.0), learning_rate)",
         adamh_by_hand,
         arrays(tall={"kernel": (12, 8)}, square={"kernel": (8, 8)}),
@@ -462,7 +456,6 @@ def muon_sphere() -> Client:
     optimizer = optax.contrib.muon(0.02)
     rules = {"kernel": oc.fixed_spectral_norm("2 * sqrt(fan_out / fan_in)")}
     return Client(
-        "MuonSphere",
         '{"kernel": fixed_spectral_norm("2 * sqrt(fan_out / fan_in)")}',
         muon_sphere_by_hand,
         arrays(up={"kernel": (16, 24)}),
@@ -529,7 +522,6 @@ def qk_clip() -> Client:
         return Program(lambda params: (params, tx.init(params)), step)
 
     return Client(
-        "QK-clip",
         'qk_clip(100.0, query="wq_b/kernel", key="wkv_b/kernel", nope=3)',
         qk_clip_by_hand,
         arrays(layer_0=layer, dense=layer),
@@ -559,7 +551,6 @@ def modula() -> Client:
         "weight": oc.orthogonal("sqrt(fan_out / fan_in)"),
     }
     return Client(
-        "modula",
         '{"embed/weight": fixed_rms(1.0, axis=1), "weight": orthogonal("sqrt(fan_out / fan_in)")}',
         modula_by_hand,
         arrays(embed={"weight": (11, 8)}, up={"weight": (12, 8)}),
@@ -587,7 +578,6 @@ def lipschitz() -> Client:
         "weight": oc.max_spectral_norm("1.5 * sqrt(fan_out / fan_in)"),
     }
     return Client(
-        "Lipschitz transformer",
         '{"embed/table": max_rms(1.0, axis=0), '
         '"weight": max_spectral_norm("1.5 * sqrt(fan_out / fan_in)")}',
         lipschitz_by_hand,
@@ -642,7 +632,6 @@ def ott() -> Client:
         )
 
     return Client(
-        "OTT neural dual",
         '{"w_zs_*/kernel": non_neg()}; violations(g, rules)',
         ott_by_hand,
         arrays(f=ICNN, g=ICNN),
@@ -661,7 +650,6 @@ def mpo_by_hand(dual):
 def mpo() -> Client:
     optimizer = optax.adam(1e-2)
     return Client(
-        "MPO",
         "box(-18.0)",
         mpo_by_hand,
         arrays(log_temperature=(1,), log_alpha_mean=(4,), log_alpha_stddev=(4,)),
@@ -691,7 +679,6 @@ def sae() -> Client:
 
     theirs = optax.GradientTransformation(adam.init, along)
     return Client(
-        "sparse autoencoder",
         'chain(adam, tangent(rules), project(rules)), {"W_dec": unit_norm(axis=1)}',
         sae_by_hand,
         arrays(W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,)),
@@ -709,7 +696,6 @@ def sae_ball_by_hand(params):
 def sae_ball() -> Client:
     adam = optax.adam(0.03)
     return Client(
-        "sparse autoencoder, at most 1",
         '{"W_dec": max_norm(1.0, axis=1)}',
         sae_ball_by_hand,
         arrays(W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,)),
@@ -757,7 +743,6 @@ def dale() -> Client:
         return eqx.apply_updates(model, updates), state
 
     return Client(
-        "Dale's law",
         '{"cell/weight": compose(sign(signs), zero_diagonal())}, keep_params=True',
         dale_by_hand,
         jax.eval_shape(Recurrent, jax.random.key(0)),
@@ -780,7 +765,6 @@ def bounds() -> Client:
     lower = {"tau": 0.1, "layer": {"gain": np.full((3, 4), -0.5, np.float32), "offset": -1.0}}
     upper = {"tau": 1.0, "layer": {"gain": np.full((3, 4), 0.25, np.float32), "offset": 1.0}}
     return Client(
-        "bounds as trees",
         "rules_from_tree(jax.tree.map(box, lower, upper))",
         bounds_by_hand,
         arrays(**shapes),
@@ -789,7 +773,22 @@ def bounds() -> Client:
     )
 
 
-CLIENTS: list[Callable[[], Client]] = [
-    *(simba, xqc, ngpt, edm2, lambda: edm2(0.0), adamh, muonh, muon_sphere, qk_clip, modula),
-    *(lipschitz, ott, mpo, sae, sae_ball, dale, bounds),
-]
+CLIENTS: dict[str, Callable[[], Client]] = {
+    "SimbaV2": simba,
+    "XQC": xqc,
+    "nGPT": ngpt,
+    "EDM2": edm2,
+    "EDM2 without its eps": functools.partial(edm2, eps=0.0),
+    "AdamH": adamh,
+    "MuonH": muonh,
+    "MuonSphere": muon_sphere,
+    "QK-clip": qk_clip,
+    "modula": modula,
+    "Lipschitz transformer": lipschitz,
+    "OTT neural dual": ott,
+    "MPO": mpo,
+    "sparse autoencoder": sae,
+    "sparse autoencoder, at most 1": sae_ball,
+    "Dale's law": dale,
+    "bounds as trees": bounds,
+}

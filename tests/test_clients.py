@@ -46,7 +46,7 @@ ROUNDING = STEPS * EPS
 run = functools.cache(lambda make: trained(make(), STEPS))
 
 
-@pytest.mark.parametrize("make", CLIENTS, ids=lambda make: make().name)
+@pytest.mark.parametrize("make", CLIENTS.values(), ids=CLIENTS)
 def test_the_same_way_as(make):
     client = make()
     theirs, ours = run(make)
