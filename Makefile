@@ -45,7 +45,7 @@ test: .venv/.tests
 test-all: test-left-out test-float64 test-floor test-newest
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -k "not eager or float16" $(PROMISES)
+	$(BIN)/$(PYTEST) -k "not bfloat16 and (not eager or float16)" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
 		$(filter-out $(PROMISES),$(sort $(wildcard tests/test_*.py))) optax_constraints
 
