@@ -29,7 +29,13 @@ from typing import Any
 
 import jax
 
-import keras
+try:
+    import keras
+except ImportError as error:  # of its backend, which is TensorFlow if nobody says so
+    raise ImportError(
+        "Keras' backend, or Keras itself, is not installed: the sets need Keras 3 on JAX. Install "
+        "keras, and set the environment variable KERAS_BACKEND to 'jax' before Keras is imported."
+    ) from error
 from optax_constraints._axes import LeafLayout
 from optax_constraints._constraint import Constraint, has_args, own_classes, parts_of
 from optax_constraints._numbers import fields_of, is_schedule, limits_of
