@@ -190,20 +190,22 @@ def test_what_cannot_hold_is_refused_where_the_layer_is_built(constraint, messag
 def test_what_starts_anew_needs_no_memory():
     layer = layers.Dense(4, kernel_constraint=oc.fixed_spectral_norm(1.0))
     layer.build((None, 6))
-    norm = np.linalg.norm(np.asarray(layer.kernel.constraint(layer.kernel)), 2)
+    kernel: Any = layer.kernel
+    norm = np.linalg.norm(np.asarray(kernel.constraint(kernel)), 2)
     assert norm == pytest.approx(1.0, rel=1e-5)
 
 
 def test_fan_in_is_settled_where_a_name_tells_it():
-    layer = layers.Dense(4, kernel_constraint=oc.max_norm("sqrt(fan_in)", axis="fan_in"))
+    layer: Any = layers.Dense(4, kernel_constraint=oc.max_norm("sqrt(fan_in)", axis="fan_in"))
     layer.build((None, 6))
     kernel: Any = layer.kernel
     assert kernel.constraint.axis == (0,)
     assert float(kernel.constraint.max_value) == pytest.approx(math.sqrt(6))
     assert layer.kernel_constraint.axis == "fan_in"
-    embedding = layers.Embedding(7, 3, embeddings_constraint=oc.unit_norm(axis="fan_in"))
+    embedding: Any = layers.Embedding(7, 3, embeddings_constraint=oc.unit_norm(axis="fan_in"))
     embedding.build()
-    assert embedding.embeddings.constraint.axis == (1,)
+    table: Any = embedding.embeddings
+    assert table.constraint.axis == (1,)
 
 
 @pytest.mark.parametrize("make", [layers.Conv2D, layers.Conv2DTranspose, layers.DepthwiseConv2D])
@@ -295,7 +297,7 @@ def furthest(a: Any, b: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), a, b)))
 
 
-def of(layer: Any) -> dict[str, Any]:
+def of(layer: Any) -> dict[Any, Any]:
     """The weights of a layer of Keras by the names that Flax has for them."""
     names = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
     return {names.get(v.name, v.name): np.array(v.value) for v in layer.variables}
@@ -467,5 +469,5 @@ def test_an_input_convex_network_is_the_same_in_keras_and_in_flax():
     assert any(np.any(ours["params"][f"z_{i}"]["kernel"] == 0) for i in range(HIDDEN + 1))
     # It is convex: nowhere above the chord.
     a, b = x[:80], x[80:]
-    out = functools.partial(Convex().apply, ours)
+    out: Any = functools.partial(Convex().apply, ours)
     assert np.all(out((a + b) / 2) <= (out(a) + out(b)) / 2 + 1e-6)

@@ -714,7 +714,7 @@ def _() -> None:
         seen.append(w)
         return w
 
-    layer = keras.layers.Dense(2, kernel_constraint=look)
+    layer: Any = keras.layers.Dense(2, kernel_constraint=look)
     layer.build((None, 3))
     assert layer.kernel.constraint is look
     keras.optimizers.SGD(0.1).apply([jnp.ones((3, 2))], [layer.kernel])

@@ -22,11 +22,21 @@ BLOCKS = blocks(README)
 ALL_BLOCKS = [block for text in (README, *DOCS.values()) for block in blocks(text)]
 
 
+def sections(page: Path) -> set[str]:
+    """The names by which links find the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", ["README.md", *DOCS])
 def test_links_lead_somewhere(page):
     folder = ROOT if page == "README.md" else ROOT / "docs"
     links = re.findall(r"\]\((?!http)(.*?)\)", (folder / page).read_text())
-    assert all((folder / link).exists() for link in links)
+    for link in links:
+        file, _, section = link.partition("#")
+        target = folder / (file or page)
+        assert target.exists(), link
+        assert not section or section in sections(target), link
     assert page != "README.md" or len(links) >= len(DOCS)
 
 
