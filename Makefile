@@ -21,7 +21,7 @@ VERSIONS := $(call tests,project projected memory pytrees stats straight_through
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
-.PHONY: test-newer bench mutants lint clean
+.PHONY: test-newer test-ecosystem bench bench-accelerators mutants docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
@@ -42,7 +42,7 @@ test: .venv/.tests
 	test $$tests = 0 && test $$linted = 0
 
 # What `make test` leaves out; the two together are everything.
-test-all: test-left-out test-float64 test-floor test-newest
+test-all: test-left-out test-float64 test-floor test-newest test-ecosystem
 
 test-left-out: .venv/.tests
 	$(BIN)/$(PYTEST) -k "not bfloat16 and (not eager or float16)" $(PROMISES)
@@ -69,8 +69,16 @@ test-newest: .venv/.tests
 test-newer: .venv-newest/.tests
 	$(call quickly,.venv-newest/bin) -m "not slow" -k "not float16 and not eager" $(VERSIONS)
 
+# Inside of other libraries, which are large: see docs/ecosystem.md.
+test-ecosystem: .venv-ecosystem/.ecosystem
+	$(call quickly,.venv-ecosystem/bin) $(call tests,ecosystem)
+
 lint: .venv/.tests
 	$(LINT)
+
+# The site, in docs/_build/html: without a network once installed, and no warning passes.
+docs: .venv-docs/.docs
+	.venv-docs/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
@@ -84,6 +92,16 @@ mutants: .venv/.tests
 	$(BIN)/python -m pip install -q -e '.[$*]'
 	touch $@
 
+.venv-docs/.docs: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -e '.[docs]'
+	touch $@
+
+.venv-ecosystem/.ecosystem: pyproject.toml
+	test -x .venv-ecosystem/bin/python || $(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip install -q -e '.[ecosystem]'
+	touch $@
+
 .venv-floor/.tests: pyproject.toml tests/floors.txt
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install -q -e '.[tests]' -c tests/floors.txt
@@ -95,4 +113,4 @@ mutants: .venv/.tests
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .compilation_cache build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-ecosystem .venv-floor .venv-newest docs/_build .compilation_cache build dist *.egg-info
