@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -304,7 +305,7 @@ def rows(data: np.ndarray, starts: np.ndarray, config: Config, mesh: Mesh) -> ja
 
 
 class Log:
-    """Numbers of a run, as JSON lines and for TensorBoard. One process writes."""
+    """Numbers of a run, as JSON lines and for TensorBoard."""
 
     def __init__(self, directory: Path, start: int, tensorboard: bool):
         path = directory / "log.jsonl"
@@ -323,45 +324,22 @@ class Log:
             for keys, value in jax.tree.leaves_with_path(record):
                 tag = jax.tree_util.keystr(keys, simple=True, separator="/")
                 self.writer.add_scalar(tag, value, step)
-
-    def close(self):
-        self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+            self.writer.flush()
 
 
-class Checkpoints:
+def checkpoints_of(directory: Path, settings: dict[str, Any], every: int) -> Any:
     """The newest states of a run. Each process writes what its devices hold."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any], every: int):
-        import orbax.checkpoint as ocp
-
-        known = directory / "settings.json"
-        theirs = json.loads(known.read_text()) if known.exists() else settings
-        if other := sorted(key for key in settings if settings[key] != theirs.get(key)):
-            raise SystemExit(
-                f"{directory} holds a run with other settings: "
-                + ", ".join(f"{key} {theirs.get(key)}, not {settings[key]}" for key in other)
-                + ". Give the same ones to go on with it, or another --directory."
-            )
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
-        self.args = ocp.args
-        self.manager = ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
-        if jax.process_index() == 0:
-            known.write_text(json.dumps(settings))
-
-    def restore(self, abstract: Any) -> tuple[int, Any]:
-        """How many steps are done and the state after them; 0 and None at the beginning."""
-        done = self.manager.latest_step()
-        if done is None:
-            return 0, None
-        return done, self.manager.restore(done, args=self.args.StandardRestore(abstract))
-
-    def save(self, done: int, now: Any, last: bool):
-        self.manager.save(done, args=self.args.StandardSave(now), force=last)
-
-    def close(self):
-        self.manager.close()
+    known = directory / "settings.json"
+    if known.exists() and (theirs := json.loads(known.read_text())) != settings:
+        raise SystemExit(
+            f"{directory} holds a run with {theirs}, not {settings}: give the same settings to go "
+            "on with it, or another --directory."
+        )
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
+    manager = ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
+    if jax.process_index() == 0:
+        known.write_text(json.dumps(settings))
+    return manager
 
 
 class Result(NamedTuple):
@@ -393,8 +371,10 @@ def train(
         directory.mkdir(parents=True, exist_ok=True)
         run = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
         settings = {**dataclasses.asdict(config), **run, "text": zlib.crc32(data[0])}
-        checkpoints = Checkpoints(directory, settings, checkpoint_every)
-        start, now = checkpoints.restore(program.abstract)
+        checkpoints = checkpoints_of(directory, settings, checkpoint_every)
+        if latest := checkpoints.latest_step():
+            start, like = latest, ocp.args.StandardRestore(program.abstract)
+            now = checkpoints.restore(start, args=like)
         log = Log(directory, start, tensorboard) if first else None
     now = program.create(seed) if now is None else now
 
@@ -416,13 +396,12 @@ def train(
                     log(done, {**numbers, "rate": rate})
             bar.update()
             if checkpoints is not None:
-                checkpoints.save(done, now, last=done == steps)
+                checkpoints.save(done, args=ocp.args.StandardSave(now), force=done == steps)
     last = len(data[1]) - config.context - 1
     at = np.linspace(0, last, 8 * config.batch).astype(int).reshape(8, -1)
     held_out = [program.evaluate(now["params"], rows(data[1], own, config, mesh)) for own in at]
-    for opened in (checkpoints, log):
-        if opened is not None:
-            opened.close()
+    if checkpoints is not None:
+        checkpoints.close()
     return Result(losses, float(np.mean(held_out)), now)
 
 
@@ -444,7 +423,8 @@ def main():
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument("--inner", choices=("adam", "muon"), default="muon", help="of hyperball")
     parser.add_argument("--compute", choices=("bfloat16", "float32"), default="bfloat16")
-    for name in ("batch", "context", "width", "layers", "heads"):
+    sizes = ("batch", "context", "width", "layers", "heads")
+    for name in sizes:
         parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=0.01)
@@ -458,27 +438,23 @@ def main():
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
-    given = vars(parser.parse_args())
-
-    def take(*names):
-        return {name: given.pop(name) for name in names}
-
-    coordinator, *place = take("coordinator", "processes", "process").values()
-    if devices := given.pop("devices"):
+    args = parser.parse_args()
+    if args.devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
-    if coordinator == "auto":  # Slurm, Kubernetes and TPUs say the rest themselves
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.coordinator == "auto":  # Slurm, Kubernetes and TPUs say the rest themselves
         jax.distributed.initialize()
-    elif coordinator:
-        jax.distributed.initialize(coordinator, *place)
+    elif args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
 
-    regimes, shape, directory = take("regime", "mesh", "directory").values()
-    sizes = take("inner", "compute", "batch", "context", "width", "layers", "heads")
+    numbers = ("steps", "learning_rate", "seed", "log_every", "checkpoint_every", "tensorboard")
     lines, reports = ["regime     last batches   held out   (nats a byte)"], []
-    for regime in regimes:
-        config = Config(regime=regime, **sizes)
-        mesh = mesh_of(shape, config)
-        losses, held_out, now = train(config, mesh, directory=directory / regime, **given)
+    for regime in args.regime:
+        names = ("inner", "compute", *sizes)
+        config = Config(regime, **{name: getattr(args, name) for name in names})
+        given = {name: getattr(args, name) for name in numbers}
+        mesh, directory = mesh_of(args.mesh, config), args.directory / regime
+        losses, held_out, now = train(config, mesh, directory=directory, **given)
         last = np.mean(list(losses.values())[-3:]) if losses else math.nan
         lines.append(f"{regime:10} {last:12.4f} {held_out:10.4f}")
         report = oc.report(now["params"], rules_of(regime), state=now["state"])
