@@ -316,7 +316,8 @@ class Log:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.writer = SummaryWriter(str(directory), purge_step=start + 1)
+            name = f".from{start}"
+            self.writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=name)
 
     def __call__(self, step: int, record: dict[str, Any]):
         print(json.dumps({"step": step, **record}), file=self.file)
@@ -324,7 +325,11 @@ class Log:
             for keys, value in jax.tree.leaves_with_path(record):
                 tag = jax.tree_util.keystr(keys, simple=True, separator="/")
                 self.writer.add_scalar(tag, value, step)
-            self.writer.flush()
+
+    def close(self):
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def checkpoints_of(directory: Path, settings: dict[str, Any], every: int) -> Any:
@@ -400,8 +405,9 @@ def train(
     last = len(data[1]) - config.context - 1
     at = np.linspace(0, last, 8 * config.batch).astype(int).reshape(8, -1)
     held_out = [program.evaluate(now["params"], rows(data[1], own, config, mesh)) for own in at]
-    if checkpoints is not None:
-        checkpoints.close()
+    for opened in (checkpoints, log):
+        if opened is not None:
+            opened.close()
     return Result(losses, float(np.mean(held_out)), now)
 
 

@@ -111,6 +111,23 @@ def test_a_resumed_run_is_equal_to_the_bit(tmp_path):
         run(seed=1)
 
 
+def test_logs_go_on_from_a_step(tmp_path):
+    for start in (0, 2):
+        log = train_lm.Log(tmp_path, start, tensorboard=True)
+        for step in range(start + 1, 5):
+            log(step, {"loss": 5.0 - start, "stats": {"layers/up": {"at_bound": 2}}})
+        log.close()
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [
+        (1, 5),
+        (2, 5),
+        (3, 3),
+        (4, 3),
+    ]
+    events = b"".join(path.read_bytes() for path in tmp_path.glob("events.out.tfevents.*"))
+    assert events.count(b"stats/layers/up/at_bound") == events.count(b"loss") == 6
+
+
 def start(directory, *args):
     env = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
     env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
