@@ -76,8 +76,8 @@ def test_rules_hold_after_each_step(way):
     wanted = {name: np.ones_like(x) if way == "ngpt" else x for name, x in start.items()}
     for now, numbers in steps:
         for name, found in norms(way, now["params"]).items():
-            # A norm of rounded weights: an eps each, relative to the norm.
-            np.testing.assert_allclose(found, wanted[name], rtol=4e-7, err_msg=name)
+            # The norm at init and that of each step are sums in float32: a few eps (1.2e-7).
+            np.testing.assert_allclose(found, wanted[name], rtol=1e-6, err_msg=name)
         assert numbers["outside"] < 1e-4
         for own in numbers["stats"].values():
             assert own["at_bound"] == own["units"] > 0
