@@ -375,7 +375,7 @@ def train(
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         run = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-        settings = {**dataclasses.asdict(config), **run, "text": zlib.crc32(data[0])}
+        settings = {**dataclasses.asdict(config), **run, "text": zlib.crc32(data[0].tobytes())}
         checkpoints = checkpoints_of(directory, settings, checkpoint_every)
         if latest := checkpoints.latest_step():
             start, like = latest, ocp.args.StandardRestore(program.abstract)

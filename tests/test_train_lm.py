@@ -56,7 +56,7 @@ def steps_of(way, count):
     mesh = train_lm.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     program = train_lm.programs(config, mesh)
     now = program.create(3)
-    yield now, None
+    yield now, {}
     for step in range(count):
         at = np.random.default_rng(step).integers(10**6, size=config.batch)
         tokens = train_lm.rows(train_lm.text()[0], at, config, mesh)
