@@ -11,6 +11,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+if hasattr(jax, "enable_x64"):
+    enable_x64: Any = jax.enable_x64
+else:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which norms of a leaf are taken: float32, or float64 if one is float64."""
@@ -38,7 +43,9 @@ def sum_of_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=axis, keepdims=True)
 
 
-def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+def _three_range_norm(
+    x: jax.Array, axis: tuple[int, ...] | None, squares: jax.Array | None = None
+) -> jax.Array:
     """The norm where the sum of squares left its safe range, by sums over scaled entries.
 
     J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
@@ -46,7 +53,7 @@ def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | 
     """
     down, up = _scales(x.dtype)
     huge, tiny = (sum_of_squares(x * scale, axis) for scale in (down, up))
-    return norm_by_sums(squares, huge, tiny)
+    return norm_by_sums(sum_of_squares(x, axis) if squares is None else squares, huge, tiny)
 
 
 def _scales(dtype: jnp.dtype) -> tuple[float, float]:
@@ -69,15 +76,25 @@ def _left_its_range(squares: jax.Array) -> jax.Array:
     return (squares == jnp.inf) | _may_have_underflowed(squares)
 
 
-def _fallback_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The same, with the scaled sums taken only when there is a unit that needs them."""
+    squares = sum_of_squares(x, axis)
     return lax.cond(
         jnp.any(_left_its_range(squares)),
-        functools.partial(_three_range_norm, axis=axis),
+        lambda x, squares: _three_range_norm(x, axis, squares),
         lambda x, squares: jnp.sqrt(squares),
         x,
         squares,
     )
+
+
+def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    """The norm in float64, where no square of a float32 leaves the range; whatever JAX allows.
+
+    GPUs have the type. Of one sum XLA makes one kernel with the optimizer, of three it does not.
+    """
+    with enable_x64(True):
+        return jnp.sqrt(sum_of_squares(x.astype(jnp.float64), axis)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -86,17 +103,25 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     if all(x.shape[a] == 1 for a in axes):
         # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
         return jnp.abs(x)
+    wide = x.dtype == jnp.float64
     return lax.platform_dependent(
         x,
-        sum_of_squares(x, axis),
         cpu=functools.partial(_fallback_norm, axis=axis),
+        cuda=functools.partial(_three_range_norm if wide else _wide_norm, axis=axis),
         default=functools.partial(_three_range_norm, axis=axis),
     )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    return jnp.sqrt(sum_of_squares(x, axis))
+    def by_complex(x: jax.Array) -> jax.Array:
+        # XLA fuses it with the optimizer also where it does not fuse a sum of floats.
+        numbers = lax.complex(jnp.square(x), jnp.zeros_like(x))
+        return jnp.sqrt(jnp.real(jnp.sum(numbers, axis=axis, keepdims=True)))
+
+    return lax.platform_dependent(
+        x, cuda=by_complex, default=lambda x: jnp.sqrt(sum_of_squares(x, axis))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
