@@ -10,6 +10,9 @@ from optax_constraints._patterns import across as across
 from optax_constraints._patterns import joint as joint
 from optax_constraints._patterns import of_layer as of_layer
 from optax_constraints._patterns import rules_from_tree as rules_from_tree
+from optax_constraints._plot import plot as plot
+from optax_constraints._plot import plot_set as plot_set
+from optax_constraints._plot import plot_stats as plot_stats
 from optax_constraints._project import ProjectState as ProjectState
 from optax_constraints._project import constrain as constrain
 from optax_constraints._project import project as project

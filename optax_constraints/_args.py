@@ -67,10 +67,10 @@ class _Given(dict[str, Any]):
 def arg(source: str | Callable[[Mapping[str, Any], str], jax.typing.ArrayLike]) -> Any:
     """A number, or an array, that is read from the extra arguments of each update.
 
-    It stands where a constraint takes a number, or an array such as a mask or the bounds of a
-    box: for what the forward pass measures, or another program decides. `project` reads it from
-    ``tx.update(grads, state, params, **extra)``, and the other verbs from ``extra=``. Other
-    values compile nothing; they are not checked, since under `jax.jit` they could not be.
+    Write it where a constraint takes a number, or an array such as a mask or the bounds of a box.
+    It is for what the forward pass measures, or what another program decides. `project` reads it
+    from ``tx.update(grads, state, params, **extra)``, and the other verbs from ``extra=``. A new
+    value compiles nothing. Values are not checked, since they cannot be read under `jax.jit`.
 
     Args:
         source: The name of an argument, or a function ``(extra, path) -> array``, called with all

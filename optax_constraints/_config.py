@@ -283,7 +283,7 @@ def _serialize_constraint(constraint: Any) -> dict[str, Any]:
     definition = constraint if is_function else type(constraint)
     module = None if is_function else own_classes.get(definition)
     if module is not None:
-        config = _strict(constraint.get_config())
+        config = strict_json(constraint.get_config())
         if module == _KERAS_MODULE and not all(map(_is_known_to_keras, config.values())):
             # Keras goes by the name of the class alone, and would take the config and fail in
             # training. With an argument that it does not know, it says so when it loads.
@@ -303,7 +303,7 @@ def _serialize_constraint(constraint: Any) -> dict[str, Any]:
         )
     if is_function:
         return _config(_OWN_MODULE, "function", names[0], names[0])
-    return _config(_OWN_MODULE, definition.__name__, _strict(constraint.get_config()), names[0])
+    return _config(_OWN_MODULE, definition.__name__, strict_json(constraint.get_config()), names[0])
 
 
 def _config(module: str, class_name: str, config: Any, registered: str | None) -> dict[str, Any]:
@@ -326,12 +326,12 @@ def _is_known_to_keras(argument: Any) -> bool:
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def _strict(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """A config in which numbers that JSON does not have are text."""
     if isinstance(value, Mapping):
-        return {key: _strict(part) for key, part in value.items()}
+        return {key: strict_json(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
+        return [strict_json(part) for part in value]
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

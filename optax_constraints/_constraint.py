@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout, settle_axis
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import (
     Limits,
     Settled,
@@ -87,6 +88,13 @@ class Constraint:
 
     starts_anew: ClassVar[bool] = False
     """Whether what it remembers only saves work, so that `advance` can do without: with `()`."""
+
+    formula: ClassVar[str] = "{ w : P(w) = w }"
+    """The set in symbols, as notebooks show it. ``{name}`` stands for the field of that name. By
+    convention `w` are the weights, `u` is one unit of them, and `W` one matrix."""
+
+    spectral: ClassVar[bool] = False
+    """Whether `gauge` decomposes matrices, which takes long for large ones."""
 
     _not_shown: ClassVar[tuple[str, ...]] = ("axis", "axis_name")
     """Fields that the report leaves out."""
@@ -298,6 +306,25 @@ class Constraint:
         """
         del w
         return None
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The numbers that the set bounds, for people to look at; as it stands, the entries.
+
+        Args:
+            w: The weights, in the set or not.
+            memory: What is remembered of the leaf.
+
+        Returns:
+            A number for each unit, each entry or each singular value, and where its bounds are.
+        """
+        del memory
+        return Gauge("entries", w)
+
+    def _repr_html_(self) -> str:
+        """The set in symbols, for notebooks."""
+        from optax_constraints._html import set_html  # that file needs this one
+
+        return set_html(self)
 
     def prepare(self, params: Any, updates: Any, memory: Any = ()) -> Any:
         """What `update` has to know of whole units, such as their norms, or None for nothing.

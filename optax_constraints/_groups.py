@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optax_constraints._axes import LeafLayout, drop_axes, settle_axis
 from optax_constraints._constraint import Constraint, tangent_at
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import widest
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe
@@ -84,6 +85,10 @@ class JointGroup(Group):
     def on_bound(self, w: Any) -> jax.Array | None:
         """Which units of the joint array lie on the boundary."""
         return self.constraint.on_bound(self._together(w))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The numbers of the joint array."""
+        return self.constraint.gauge(self._joined(w), memory)
 
     def _together(self, parts: Parts) -> jax.Array:
         """The joint array, also on a mesh with Explicit axes."""
@@ -215,6 +220,10 @@ class AcrossGroup(Group):
     def on_bound(self, w: Any) -> jax.Array | None:
         """Which units lie on the boundary: one for most sets, all entries for some."""
         return self.constraint.on_bound(_one_vector(w))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The numbers of the vector."""
+        return self.constraint.gauge(_vector(w), memory)
 
     def prepare(self, params: Any, updates: Any, memory: Any = ()) -> Any:
         """What the update has to know of the vector."""

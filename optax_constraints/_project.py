@@ -45,33 +45,37 @@ def project(
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
-    It goes last in a chain, and replaces each update `u` of a parameter `p` by
-    ``P(p + u) - p``, where `P` is the projection that `rules` assign to `p`. Parameters
-    without a constraint get their updates as they came. Start from `constrain(params, rules)`:
-    beside weights that are larger than allowed by 1 / eps, the difference loses its target.
+    Put it last in a chain. It replaces each update `u` of a parameter `p` by ``P(p + u) - p``,
+    where `P` is the projection that `rules` assign to `p`. Updates of parameters without a
+    constraint pass through.
 
-    Cost: one pass over each constrained leaf for an elementwise set, which fuses with the
-    optimizer; two for a norm. An update has to be a difference, so a norm reads `p` once
-    more than `constrain` after `optax.apply_updates` does: `make bench` shows what that is
-    in a training step. The state is one integer, and what constraints remember.
+    Start from `constrain(params, rules)`. If weights start very far outside, by a factor of 1e7 in
+    float32, the update is lost in rounding.
+
+    Cost:
+        That of the sets: one pass over a leaf for an elementwise set, which fuses with the
+        optimizer, and two for a norm. A norm reads `p` once more than `constrain` after
+        `optax.apply_updates` does, since an update has to be a difference. The state is one
+        integer, and what constraints remember.
 
     Args:
         rules: Which leaf is under which constraint: a constraint for every floating-point
             parameter, or a mapping (or pairs) from pattern to constraint or None. The first
             pattern that matches a leaf wins.
-        every: Project on every so many steps only; the updates between pass through.
+        every: Project only on every so many steps. Updates between them pass through.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,
             `axis="fan_in"` is exact for every layer.
         strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
             in part.
-        stats: Whether the state has how hard each constraint binds, for `stats(state)`. That
-            is one more pass over each constrained leaf; under sets that are neither norms nor
-            elementwise, with the weights of before and after the projection beside each other.
+        stats: Whether to measure how hard each constraint binds, for `stats(state)`. That is one
+            more pass over each constrained leaf. Under sets that are neither norms nor elementwise,
+            the weights from before the projection are kept until after it.
         keep_params: Whether the state has a copy of the constrained leaves, for loops that call
-            ``tx.update(grads, state)`` alone. It is exact as long as nothing else changes them.
+            ``tx.update(grads, state)`` without `params`. It is exact as long as nothing else
+            changes them.
 
     Returns:
-        The transformation. Its `update` needs `params`, but for ``keep_params=True``.
+        The transformation. Its `update` needs `params`, except with ``keep_params=True``.
 
     Raises:
         TypeError: If `rules` or `every` is of the wrong kind.
@@ -205,9 +209,9 @@ def constrain(
     """Projects parameters now: at init, after loading or averaging, or after each update.
 
     Args:
-        params: Any tree of arrays. It is not changed. A module of Equinox or Flax NNX is such a
-            tree, too, and comes back as a new module; NNX variables that it shares come back
-            as copies. To change an NNX module in place, and leave shared variables shared:
+        params: Any tree of arrays. It is not changed. For a module of Equinox or Flax NNX you get
+            a new module; NNX variables that it shares come back as copies. To change an NNX module
+            in place, and leave shared variables shared, write
             ``nnx.update(model, constrain(nnx.state(model, nnx.Param), rules))``.
         rules: As for `project`.
         step: What schedules see; the first update is step 0.
@@ -219,8 +223,8 @@ def constrain(
             in part.
 
     Returns:
-        The tree with each constrained leaf inside its set: as `project` goes through a
-        difference and this does not, without the rounding of that.
+        The tree with each constrained leaf inside its set. The rounding of an update, which
+        `project` cannot avoid, does not come in here.
 
     Raises:
         TypeError: If a rule names a leaf that is not floating-point, or there are no arrays, as

@@ -33,22 +33,23 @@ def projected(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps stay in their sets, and whose momentum comes along.
 
-    It is ``chain(tangent(rules), optimizer, project(rules))``, with which Adam arrives at the
-    optimum under every convex set; without `tangent` it need not. Then, for leaves under smooth
-    sets, it projects the first moments of the optimizer to the tangent space of the new weights:
-    Riemannian gradient descent with momentum, with projections as retraction and as vector
-    transport (P.-A. Absil, R. Mahony and R. Sepulchre, "Optimization Algorithms on Matrix
+    It is ``chain(tangent(rules), optimizer, project(rules))``. With it Adam arrives at the optimum
+    under every convex set; without `tangent` it may stop elsewhere. For leaves under smooth sets,
+    each step then projects the first moments of the optimizer onto the tangent space of the new
+    weights. That is Riemannian gradient descent with momentum, with projections as retraction and
+    as vector transport (P.-A. Absil, R. Mahony and R. Sepulchre, "Optimization Algorithms on Matrix
     Manifolds", 2008, sections 4.1 and 8.1.3). Second moments stay as they are, and so do the
     moments of all other leaves.
 
-    First moments are found at any depth of the wrappers of Optax: the fields `mu` and `trace` of
-    states, and what Optax' other optimizers have in their place, where paths and shapes are
-    those of the parameters. Not found are those behind `optax.flatten`, `optax.lookahead` and
-    GaLore, whose parameters are others; of LBFGS, Rprop and the optimizers that sum gradients
-    from the start, nothing is moved.
+    First moments are found inside any wrappers of Optax: the fields `mu` and `trace` of states, and
+    what Optax' other optimizers call them, if their paths and shapes are those of the parameters.
+    They are not found behind `optax.flatten`, `optax.lookahead` and GaLore, which have parameters
+    of their own. LBFGS, Rprop and the optimizers that sum gradients from the start have none to
+    move.
 
-    Cost: beside the three, the tangent part of each first moment under a smooth set, which for a
-    norm is two passes over a leaf.
+    Cost:
+        That of `tangent`, the optimizer and `project`, and the tangent part of each first moment
+        under a smooth set: two passes over a leaf for a norm.
 
     Args:
         optimizer: Any optimizer of Optax, wrappers included, or one of your own.
@@ -62,9 +63,9 @@ def projected(
         keep_params: As for `project`, but of all leaves, since an optimizer may need them.
 
     Returns:
-        The transformation. Its `update` needs `params`, but for ``keep_params=True``, and hands
+        The transformation. Its `update` needs `params`, except with ``keep_params=True``, and hands
         extra arguments on. Its state is that of the chain: a tuple of the states of `tangent`, the
-        optimizer and `project`, beside the parameters if they are kept.
+        optimizer and `project`; with ``keep_params=True`` it also has the parameters.
 
     Raises:
         TypeError: If `optimizer` is none, or `transport` or `rules` is of the wrong kind.

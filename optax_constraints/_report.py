@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,13 +11,18 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
+from optax_constraints._constraint import Constraint, parts_of
+from optax_constraints._gauge import Histogram, histogram, sample
 from optax_constraints._groups import Group
+from optax_constraints._html import report_html
 from optax_constraints._patterns import Rules
-from optax_constraints._violations import distance, visits
+from optax_constraints._violations import between, distance, visits
 from optax_constraints._walk import Bound, Visit
 
 _WIDTH = 100
 _RIGHT = {"units", "at bound", "outside"}
+_MOST_WORK = 2**28
+"""About so many operations may go into a spectrum: a matrix of 640 x 640, a tenth of a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,11 @@ class Row:
     group: str | None = None
     """The name of the group that the leaf is in: its rows stand together, and the first has the
     units of all."""
+    inside: bool | None = None
+    """Whether the leaf is in its set, up to rounding as `assert_feasible` allows it."""
+    histogram: Histogram | None = None
+    """Where the units of the leaf or group stand against their bound, before they are projected;
+    None also for the spectra of large matrices, which would take long."""
 
     @property
     def _follows(self) -> bool:
@@ -66,12 +76,36 @@ class Row:
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What `report` returns: a table that prints, and its rows as data."""
+    """What `report` returns: a table that prints, shows in a notebook, and has rows of data."""
 
     rows: tuple[Row, ...]
     """One row per array of the tree, in its order."""
+
+    def __repr__(self) -> str:
+        """The table, as `str` has it."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks, by module, with a histogram of the units of each leaf."""
+        return report_html(self.rows)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as dicts of plain values, from which `pandas.DataFrame` makes a table.
+
+        Returns:
+            For each row its fields by name, but for the histogram.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import optax_constraints as oc
+            >>> (row,) = oc.report({"w": 2 * jnp.eye(3)}, oc.max_norm(1.0)).to_dicts()
+            >>> row["constraint"], row["at_bound"], row["units"], row["inside"]
+            ('MaxNorm(1)', 3, 3, False)
+        """
+        names = [f.name for f in dataclasses.fields(Row) if f.name != "histogram"]
+        return [{name: getattr(row, name) for name in names} for row in self.rows]
 
     def __str__(self) -> str:
         """The table, at most 100 columns wide."""
@@ -101,7 +135,7 @@ class Report:
         worst = max(constrained, key=lambda row: (row.outside != row.outside, row.outside))
         if worst.outside == 0:
             return [f"{text}; none outside"]
-        path = _shorten_path(worst.path or "(root)", _WIDTH - 40)
+        path = shorten_path(worst.path or "(root)", _WIDTH - 40)
         return [text, f"furthest outside: {worst.outside:.3g} in {path}"]
 
 
@@ -145,7 +179,7 @@ def report(  # noqa: D417  # what verbs share is said once, in `constrain`
         1 of 2 leaves constrained; 3 of 3 units at their bound; none outside
     """
     found = visits("report", params, rules, step, state, extra, layout, strict)
-    return Report(tuple(row for visit in found for row in _rows(visit)))
+    return Report(tuple(row for visit in found for row in rows_of(visit)))
 
 
 def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constrain`
@@ -196,13 +230,8 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
         away = _read("assert_feasible", bound, distance(weights, constraint, memory))
-        norms = [
-            float(_numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).max())
-            for w in arrays
-        ]
+        rounding = allowance(constraint, arrays, tolerance) if any(away) else 0.0
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
-            eps = max(_numerics.eps(w.dtype) for w in arrays)
-            rounding = 0 if constraint.elementwise else tolerance * eps * math.hypot(*norms)
             if not own <= rounding:  # also if it is NaN
                 shape = "x".join(map(str, w.shape)) or "scalar"
                 text = f"{path} ({shape}, {w.dtype}) is {own:.3g} from {constraint}"
@@ -223,8 +252,64 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
         )
 
 
-def _rows(visit: Visit) -> list[Row]:
-    """A row for each array of a leaf or group; the first says what holds for all."""
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _norm(w: jax.Array) -> jax.Array:
+    """The norm of an array, in float32 or wider."""
+    return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
+
+
+def allowance(
+    constraint: Constraint,
+    arrays: list[jax.Array],
+    tolerance: float,
+    run: Callable[..., Any] = _run,
+) -> float:
+    """How far outside its set a leaf, or each of a group, may be by rounding.
+
+    Args:
+        constraint: The constraint.
+        arrays: The leaf, or the leaves of a group.
+        tolerance: So many machine epsilons of the norm. Elementwise sets have none.
+        run: Calls a function with arguments; it may compile it.
+
+    Returns:
+        A distance.
+    """
+    if constraint.elementwise:
+        return 0.0
+    eps = max(_numerics.eps(w.dtype) for w in arrays)
+    return tolerance * eps * math.hypot(*(float(run(_norm, w)) for w in arrays))
+
+
+def _seen(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
+    """How far outside weights are, and of how many units how many are at their bound."""
+    projected, _ = constraint.advance(weights, memory)
+    at_bound = constraint.on_bound(projected)
+    counts = (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
+    return between(weights, projected), *counts
+
+
+def rows_of(
+    visit: Visit,
+    run: Callable[..., Any] = _run,
+    *,
+    tolerance: float = 16.0,
+    histograms: bool = True,
+) -> list[Row]:
+    """A row for each array of a leaf or group; the first says what holds for all.
+
+    Args:
+        visit: The leaf or group.
+        run: Calls a function with arguments; it may compile it.
+        tolerance: As for `assert_feasible`.
+        histograms: Whether rows say where each unit stands.
+
+    Returns:
+        The rows.
+    """
     bound, constraint, weights, memory = visit
     if constraint is None and not hasattr(weights, "shape"):
         if not isinstance(weights, (int, float, complex)):
@@ -239,21 +324,39 @@ def _rows(visit: Visit) -> list[Row]:
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    away = _read("report", bound, distance(weights, constraint, memory))
-    at_bound = constraint.on_bound(constraint.advance(weights, memory)[0])
+    distances, units, at_bound = run(_seen, constraint, weights, memory)
+    away = _read("report", bound, distances)
+    allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
     rows = [
-        dataclasses.replace(row, constraint=str(constraint), outside=own, group=name)
+        dataclasses.replace(
+            row, constraint=str(constraint), outside=own, group=name, inside=own <= allowed
+        )
         for row, own in zip(rows, away, strict=True)
     ]
     own = constraint.constraint if isinstance(constraint, Group) else constraint
+    inside = all(row.inside for row in rows)
     rows[0] = dataclasses.replace(
         rows[0],
         axis=getattr(own, "axis", None),
-        units=None if at_bound is None else at_bound.size,
-        at_bound=None if at_bound is None else int(at_bound.sum()),
+        units=None if units is None else int(units),
+        at_bound=None if at_bound is None else int(at_bound),
+        histogram=_histogram(constraint, weights, memory, inside) if histograms else None,
     )
     return rows
+
+
+def _histogram(constraint: Constraint, weights: Any, memory: Any, inside: bool) -> Histogram | None:
+    """Where units stand, if it does not take long."""
+    arrays = jax.tree.leaves(weights)
+    work = sum(w.size for w in arrays) * max(w.shape[-1] if w.ndim else 1 for w in arrays)
+    if any(part.spectral for part in parts_of(constraint)) and work > _MOST_WORK:
+        return None
+    found = sample(constraint, weights, memory)
+    if found is None:
+        return None
+    # Of a set like a sphere, what has no direction and stays zero is inside, too.
+    return histogram(dataclasses.replace(found, outside=found.outside & (not inside)))
 
 
 def _read(verb: str, bound: Bound, distances: Any) -> list[float]:
@@ -282,12 +385,12 @@ def _fit(widths: dict[str, int]) -> dict[str, int]:
 
 def _cell(text: str, width: int, column: str) -> str:
     if column == "path":
-        text = _shorten_path(text, width)
+        text = shorten_path(text, width)
     text = _cut(text, width, tail=0)
     return text.rjust(width) if column in _RIGHT else text.ljust(width)
 
 
-def _shorten_path(path: str, width: int) -> str:
+def shorten_path(path: str, width: int) -> str:
     """Cuts the middles of long segments, whose ends tell one layer from another.
 
     The last two, as in `query/kernel`, are cut only if it cannot be helped.

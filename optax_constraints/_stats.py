@@ -42,15 +42,17 @@ def stats(state: Any) -> dict[str, LeafStats]:
     """How hard each constraint binds, as of the last step. Runs under `jax.jit`.
 
     It reads what `project(rules, stats=True)` has put into its state, and computes nothing. All
-    numbers are 0 before the first update, and stay so for a leaf that gets none. With
-    ``every=k`` they are those of the last step that projected, whose correction is that of k
-    updates.
+    numbers are 0 before the first update, and stay 0 for a leaf that gets no update. With
+    ``every=k`` they are those of the last step that projected: `update` is that of one step,
+    `correction` that of k steps.
 
-    `correction` is of weights as they are stored: an update that rounding swallows is none. So
-    is `update` under norms and elementwise sets, for weights in float32 or float64. For SGD
-    without momentum, `correction` over the learning rate comes to the norm of the constraint's
-    Lagrange multipliers at the optimum. A `correction` near `update` says that the optimizer
-    pushes into the bound and does little else.
+    A `correction` near `update` says that the optimizer pushes into the bound and does little else.
+    For SGD without momentum, `correction` over the learning rate is, at an optimum, the norm of the
+    constraint's Lagrange multipliers.
+
+    `correction` is measured on weights as they are stored, so an update that is lost in rounding
+    does not count. The same is true of `update` under norms and elementwise sets, for weights in
+    float32 or float64.
 
     Args:
         state: The state of an optimizer with `project(rules, stats=True)` in it, or a

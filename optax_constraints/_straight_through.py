@@ -28,25 +28,28 @@ def straight_through(  # noqa: D417  # what verbs share is said once, in `constr
     layout: Layout | None = None,
     strict: bool = True,
 ) -> Any:
-    """What `constrain` gives, to the bit, with a derivative as if it had changed nothing.
+    """The result of `constrain`, to the bit, with the derivative of the identity.
 
-    For sets in which small steps are lost: grids, sparsity, low rank. The optimizer trains free
-    parameters, without `project`, and small steps add up in them. The loss is taken at
-    ``straight_through(params, rules)``, and ``constrain(params, rules)`` makes those to deploy.
-    This is the straight-through estimator (Y. Bengio, N. Leonard, A. Courville, "Estimating or
-    propagating gradients through stochastic neurons for conditional computation", 2013): the
-    gradient is that at the constrained weights `P(w)`, handed to the free weights `w`.
+    It is for sets in which small steps are lost: grids, sparsity, low rank. The optimizer trains
+    free parameters, without `project`, and small steps add up in them. Compute the loss with
+    ``straight_through(params, rules)``. At the end ``constrain(params, rules)`` makes the
+    parameters to deploy. This is the straight-through estimator (Y. Bengio, N. Leonard, A.
+    Courville, "Estimating or propagating gradients through stochastic neurons for conditional
+    computation", 2013): the gradient is that at the constrained weights `P(w)`, handed to the free
+    weights `w`.
 
-    With a `decay` the gradient of `w` has ``decay * (w - P(w))`` added, a pull towards the set,
-    which keeps weights from going back and forth between two points of it: for sparsity that is
-    SR-STE (A. Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
-    scratch", ICLR 2021). It is added once for each call, so call it once in a loss, outside of
-    loops; and if the loss is scaled, scale `decay` with it.
+    A `decay` adds ``decay * (w - P(w))`` to the gradient of `w`. This pull towards the set keeps
+    weights from going back and forth between two of its points. For sparsity that is SR-STE (A.
+    Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR
+    2021). It is added once for each call, so call it once in a loss, outside of loops; and if the
+    loss is scaled, scale `decay` with it.
 
-    Without `decay` every derivative is there: forward and reverse mode, and those of gradients.
-    With it, or where it is traced, only gradients are (`jax.grad`, `jax.vjp`). Nothing flows to
-    the numbers of constraints. Costs what `constrain` costs, and with `decay` one pass more in
-    the backward pass.
+    Without `decay`, forward mode, reverse mode and derivatives of gradients all work. With a
+    `decay`, or a traced one, only `jax.grad` and `jax.vjp` do. Nothing flows to the numbers of
+    constraints.
+
+    Cost:
+        That of `constrain`, and with `decay` one more pass over the weights in the backward pass.
 
     Args:
         params: Any tree of arrays, as for `constrain`. It is not changed.

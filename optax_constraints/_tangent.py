@@ -27,17 +27,16 @@ class TangentState(NamedTuple):
 def tangent(
     rules: Rules, *, layout: Layout | None = None, strict: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """An Optax transformation that leaves of each gradient what does not lead out of its set.
+    """An Optax transformation that removes from each gradient what leads out of its set.
 
-    It goes first in a chain that ends with `project`: ``g`` becomes ``-P(-g)``, where `P`
-    projects onto the tangent cone of the set at the weights, that is onto the directions along
-    which the set goes on. Without it, an optimizer that scales entries by themselves, such as
-    Adam, can come to rest where it should not: the projection pulls back along one direction
-    what the optimizer pushes along another. With it, the weights rest only where no direction in
-    the set leads downhill.
+    Put it first in a chain that ends with `project`. It turns ``g`` into ``-P(-g)``, where `P`
+    projects onto the tangent cone of the set at the weights: the directions that stay in the set.
+    Without it, Adam and other optimizers that scale each entry by itself can stop in the wrong
+    place: the optimizer pushes along one direction, and the projection pulls back along another.
+    With it, weights rest only where no direction in the set leads downhill.
 
     For a smooth set (spheres, planes and subspaces, orthogonal matrices, matrices of fixed rank)
-    the cone is the tangent space, so that momentum and second moments are Riemannian, with
+    the cone is the tangent space. Momentum and second moments are then Riemannian, with
     `project` as the retraction (P.-A. Absil, R. Mahony and R. Sepulchre, "Optimization
     Algorithms on Matrix Manifolds", 2008; P.-A. Absil and J. Malick, "Projection-like retractions
     on matrix manifolds", SIAM J. Optim. 22(1), 2012). For a convex set it is the closure of what
@@ -45,7 +44,7 @@ def tangent(
     hilbertien selon deux cones mutuellement polaires", 1962; R. T. Rockafellar and R. J.-B. Wets,
     "Variational Analysis", 1998, chapter 6): inside, nothing changes.
 
-    What counts as at a bound: entries that equal it, as `project` leaves them; norms, sums and
+    What counts as at its bound: entries that equal it, as `project` leaves them; norms, sums and
     inner products within 2 machine epsilons of the weights' dtype and the rounding of sums;
     singular values and eigenvalues within that and the rounding of their decomposition; for
     `Monotone`, neighbours within 4; for `DoublyStochastic` and `Transport`, entries below 8 of
@@ -53,9 +52,10 @@ def tangent(
     that, relative to the sum of magnitudes; in an `Intersection`, all within 64 of the largest
     weight.
 
-    Cost: two passes over a leaf for a norm; for simplexes and l1 balls some more, as for the
-    projection; matrix products for `Orthogonal`, a decomposition or two for the other spectral
-    sets. The state is one integer, and what constraints remember.
+    Cost:
+        Two passes over a leaf for a norm; for simplexes and l1 balls some more, as for the
+        projection; matrix products for `Orthogonal`; a decomposition or two for the other spectral
+        sets. The state is one integer, and what constraints remember.
 
     Args:
         rules: Which leaf is under which constraint, as for `project`; None leaves a gradient
@@ -104,7 +104,8 @@ def tangent(
         return bound
 
     def init(params: Any) -> TangentState:
-        return TangentState(jnp.zeros((), jnp.int32), bound_to(params).remember(params))
+        bound_to(params)  # says what has no tangent
+        return TangentState(jnp.zeros((), jnp.int32), bind.start(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any

@@ -34,15 +34,14 @@ def scale_by_unit_adam(
     layout: Layout | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with one second moment a unit, in the place of `optax.scale_by_adam`.
+    """Adam with one second moment for each unit, in the place of `optax.scale_by_adam`.
 
     The second moment is an average of the squared norms of a unit's gradients, as in Riemannian
     Adam (G. Bécigneul and O.-E. Ganea, "Riemannian adaptive optimization methods", ICLR 2019).
-    So the step of a unit is parallel to its first moment, whatever the coordinates: a problem
-    that is rotated takes the same way, rotated. With moments that are corrected as in Adam, a
-    unit as a whole moves by about the learning rate, where in Adam each entry does: a unit of n
-    entries takes a learning rate larger by about sqrt(n). It is for weights on spheres and among
-    orthogonal matrices, in `projected`.
+    So the step of a unit is parallel to its first moment, and does not depend on the coordinates.
+    Use it in `projected`, for weights on spheres and among orthogonal matrices. A unit as a whole
+    moves by about the learning rate, while in Adam each entry does. So for units of n entries,
+    multiply a learning rate for Adam by about sqrt(n).
 
     A leaf that does not have these axes, such as a scalar, or a bias under ``axis=(0, 1)``, is
     one unit.

@@ -57,9 +57,9 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
 ) -> dict[str, jax.Array]:
     """How far each constrained leaf is from its set. Runs under `jax.jit`.
 
-    After a projection that is zero, up to rounding. So it is a check of a training loop, and a
-    penalty for weights that nothing projects. How hard constraints bind while they are held is
-    in `stats`.
+    After a projection it is zero, up to rounding. Use it to check a training loop, or as a penalty
+    for weights that nothing projects. To see how hard constraints bind while they hold, use
+    `stats`.
 
     Args:
         params: Any tree of arrays.
@@ -97,7 +97,11 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
 
 def distance(weights: Any, constraint: Constraint, memory: Any = ()) -> Any:
     """Euclidean distance of each array to its projection, scalars in float32 or float64."""
-    projected, _ = constraint.advance(weights, memory)
+    return between(weights, constraint.advance(weights, memory)[0])
+
+
+def between(weights: Any, projected: Any) -> Any:
+    """Euclidean distance of each array to another, scalars in float32 or float64."""
 
     def away(w: jax.Array, target: jax.Array) -> jax.Array:
         dtype = _numerics.compute_dtype(w.dtype)

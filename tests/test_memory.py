@@ -233,6 +233,15 @@ def test_tree_map_params_leaves_the_memory_alone():
     assert bits(mapped[0][0].mu["out"]["kernel"]) != bits(state[0][0].mu["out"]["kernel"])
 
 
+def test_tree_map_params_leaves_the_memory_of_projected_alone():
+    tx = oc.projected(optax.adam(0.1), oc.fixed_norm("init"))
+    state = tx.init(PARAMS)
+    mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    for ours, theirs in ((mapped[0].at_init, state[0].at_init), (mapped[2], state[2])):
+        assert bits(ours) == bits(theirs)
+
+
 def test_masked_and_partitioned_leaves():
     labels = {"dense": {"kernel": "a", "bias": "b"}, "out": {"kernel": "b"}}
     tx = optax.partition(

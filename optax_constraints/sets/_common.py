@@ -21,6 +21,7 @@ from optax_constraints._axes import (
     settle_axis,
 )
 from optax_constraints._constraint import Constraint, difference, moved, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import check_numbers
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic
@@ -261,6 +262,8 @@ class MatrixSet(Constraint):
     matrix of (height * width * in, out).
     """
 
+    spectral = True
+
     square: ClassVar[bool] = False
     """Whether the set has only square matrices."""
 
@@ -308,6 +311,13 @@ class MatrixSet(Constraint):
         """What `on_bound` says."""
         del w
         return None
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values, from the largest on."""
+        del memory
+        a, _ = self._matrices(w)
+        a = jnp.where(jnp.isfinite(a), a, 0)  # LAPACK may not return from an infinity
+        return Gauge("singular values", jnp.linalg.svd(a, compute_uv=False))
 
     def _project(self, a: jax.Array) -> jax.Array:
         """Projects matrices (..., rows, columns) in float32 or float64."""

@@ -13,6 +13,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, nudged, own_arrays, tangent_at
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import unread
 from optax_constraints._numerics import stored
 from optax_constraints._text import shown
@@ -29,9 +30,7 @@ class Around(Single):
     For fine-tuning that stays near pretrained weights: ``around(max_norm(0.1))`` for a distance,
     ``around(box(-0.01, 0.01))`` entry by entry, ``around(low_rank(8))`` for what a LoRA can add,
     ``around(top_k(1000))`` for few entries that change. Convex, smooth or elementwise where the
-    constraint inside is; the projection is ``c + P(w - c)``. Costs what that costs, and a pass
-    over the center; an elementwise set, which is asked seven times to round to the inside, costs
-    some ten times the arithmetic of `Box`.
+    constraint inside is; the projection is ``c + P(w - c)``.
 
     With `"init"` the center is the weights when `project` is initialised, which it keeps in its
     state: a copy of the leaf, sharded like it. Without that state, as in `constrain(params,
@@ -50,6 +49,10 @@ class Around(Single):
     inductive bias for transfer learning with convolutional networks", ICML 2018; H. Gouk,
     T. Hospedales and M. Pontil, "Distance-based regularisation of deep networks for
     fine-tuning", ICLR 2021, project onto balls around pretrained weights.
+
+    Cost:
+        That of the constraint inside, and a pass over the center. An elementwise set is asked seven
+        times, so that entries are rounded to the inside: some ten times the arithmetic of `Box`.
 
     Args:
         constraint: The constraint of the difference: anything that `get` accepts. Most allow a
@@ -189,6 +192,17 @@ class Around(Single):
         center, own = self._known(w, ())
         away = self._at_bounds(w, center, own)
         return self.constraint.on_bound(away if self.elementwise else away.astype(w.dtype))
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w - {'w₀' if self._starts_at_init else '{center}'} ∈ {{constraint}} }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the difference."""
+        center, own = self._known(w, memory)
+        gauge = self.constraint.gauge((w - center).astype(w.dtype), own)
+        return dataclasses.replace(gauge, name=f"{gauge.name} of the difference")
 
 
 around = Around

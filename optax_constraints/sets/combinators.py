@@ -22,6 +22,7 @@ from optax_constraints._axes import (
 )
 from optax_constraints._config import as_constraint, builtin
 from optax_constraints._constraint import Constraint, own_arrays, tangent_at
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_numbers, is_number, number, value
 from optax_constraints._sharding import automatic, explicit_axes
 from optax_constraints._text import describe, shown
@@ -81,13 +82,14 @@ class Single(Constraint):
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stacked(Single):
-    """Each slice along `axis` lies in the set of another constraint, by itself.
+    """Each slice along `axis` lies in the set of another constraint: ``{w : slice in S}``.
 
-    For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The
-    axes of the constraint inside are those of one slice, so `Stacked(max_norm(2.0))` bounds
-    the columns of each layer in a stack of Dense kernels (layers, in, out). Convex where the
-    constraint inside is. Costs what that costs: one `jax.vmap`, and not even that for the
-    norms.
+    For layers that are stacked in one array: scanned blocks, ensembles, experts, heads. The axes of
+    the constraint inside are those of one slice, so `Stacked(max_norm(2.0))` bounds the columns of
+    each layer in a stack of Dense kernels (layers, in, out). Convex where the constraint inside is.
+
+    Cost:
+        That of the constraint inside, under one `jax.vmap`. Norms do not even need that.
 
     Args:
         constraint: The constraint of one slice: anything that `get` accepts.
@@ -103,6 +105,8 @@ class Stacked(Single):
         >>> oc.Stacked(oc.max_norm(1.0))(jnp.array([[[3.0], [4.0]], [[0.3], [0.4]]])).ravel()
         Array([0.6, 0.8, 0.3, 0.4], dtype=float32)
     """
+
+    formula = "{ w : each slice along {axis} ∈ {constraint} }"
 
     constraint: Any
     axis: Axis = 0
@@ -191,6 +195,22 @@ class Stacked(Single):
             function = jax.vmap(function, axis, axis if out_axis is None else out_axis)
         return function
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of all slices."""
+
+        def of_slice(w: jax.Array, memory: Any) -> Gauge:
+            gauge = self.constraint.gauge(w, memory)
+            low, high = (
+                None if bound is None else jnp.broadcast_to(bound, gauge.values.shape)
+                for bound in (gauge.low, gauge.high)
+            )
+            return dataclasses.replace(gauge, low=low, high=high)
+
+        known = 0 if jax.tree.leaves(memory) else None
+        for axis in settle_axis("Stacked", self.axis, w.shape):
+            of_slice = jax.vmap(of_slice, (axis, known))
+        return of_slice(w, memory)
+
 
 stacked = Stacked
 
@@ -200,10 +220,12 @@ stacked = Stacked
 class Soft(Single):
     """Moves a part of the way to the set of another constraint: ``w + rate (P(w) - w)``.
 
-    What a hard projection does in one step, this does over about ``1 / rate`` of them: weights
-    that are pulled out of the set by each update stay a little outside. Weights inside come
-    back bit for bit. With a schedule from 0 to 1 a constraint fades in. Costs what the
-    constraint inside costs, and one more pass.
+    What a hard projection does in one step, this does over about ``1 / rate`` of them: weights that
+    are pulled out of the set by each update stay a little outside. Weights inside come back bit for
+    bit. With a schedule from 0 to 1 a constraint fades in.
+
+    Cost:
+        That of the constraint inside, and one more pass.
 
     Args:
         constraint: Anything that `get` accepts.
@@ -220,6 +242,8 @@ class Soft(Single):
         >>> oc.soft(oc.non_neg(), rate=0.25)(jnp.array([-1.0, 1.0]))
         Array([-0.75,  1.  ], dtype=float32)
     """
+
+    formula = "w ↦ w + {rate} · (P(w) - w), with P onto {constraint}"
 
     constraint: Any
     rate: Number = number(low=0, high=1)
@@ -291,6 +315,10 @@ class Soft(Single):
         """Which units lie on the boundary of the set inside."""
         return self.constraint.on_bound(w)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the set inside."""
+        return self.constraint.gauge(w, memory)
+
 
 soft = Soft
 
@@ -298,12 +326,14 @@ soft = Soft
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part(Single):
-    """One part of an array lies in the set of another constraint, and the rest is free.
+    """One part of an array lies in the set of another constraint: ``{w : w[index] in S}``.
 
-    For parameters that hold several things in one array: the gates of a recurrent kernel, a
-    fused query-key-value projection, the first columns that see certain inputs. The part is
-    what ``w[index]`` is in NumPy, and axes of the constraint inside are those of the part.
-    Costs what the constraint inside costs on the part, and a copy of the leaf.
+    For parameters that hold several things in one array: the gates of a recurrent kernel, a fused
+    query-key-value projection, the first columns that see certain inputs. The part is what
+    ``w[index]`` is in NumPy, and axes of the constraint inside are those of the part.
+
+    Cost:
+        That of the constraint inside on the part, and a copy of the leaf.
 
     Args:
         constraint: Anything that `get` accepts.
@@ -322,6 +352,8 @@ class Part(Single):
         Array([[ 0., -1.],
                [ 0., -1.]], dtype=float32)
     """
+
+    formula = "{ w : w[{index}] ∈ {constraint} }"
 
     constraint: Any
     index: Any
@@ -405,6 +437,10 @@ class Part(Single):
     def on_bound(self, w: jax.Array) -> jax.Array | None:
         """Which units of the part lie on the boundary."""
         return self.constraint.on_bound(self._of(w))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the part."""
+        return self.constraint.gauge(self._of(w), memory)
 
 
 part = Part
@@ -539,6 +575,10 @@ class Several(Constraint):
         """What each constraint remembers."""
         return tuple(c.remember(w) for c in self.constraints)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Those of the last constraint."""
+        return self.constraints[-1].gauge(w, self._each(memory)[-1])
+
     def _each(self, memory: Any) -> Any:
         """What is remembered, for each constraint; by hand there may be nothing."""
         return memory if self.remembers and memory else ((),) * len(self.constraints)
@@ -549,11 +589,13 @@ class Several(Constraint):
 class Compose(Several):
     """One projection after the other: ``... P_b(P_a(w))``.
 
-    Only the last constraint is sure to hold: its projection may lead out of the sets before
-    it, and where it does not, the result need not be the nearest point they share.
-    `Intersection` finds that for convex sets. Some pairs do compose into the projection onto
-    the intersection: `NonNeg` and then a bound on norms, or `Mask` and then anything that
-    keeps zeros. Costs what the constraints cost.
+    Only the last constraint is sure to hold: its projection may lead out of the sets before it, and
+    where it does not, the result need not be the nearest point they share. `Intersection` finds
+    that for convex sets. Some pairs do compose into the projection onto the intersection: `NonNeg`
+    and then a bound on norms, or `Mask` and then anything that keeps zeros.
+
+    Cost:
+        That of the constraints.
 
     Args:
         *constraints: Two or more, of anything that `get` accepts, in the order in which they
@@ -568,6 +610,8 @@ class Compose(Several):
         >>> oc.compose(oc.non_neg(), oc.max_norm(1.0))(jnp.array([3.0, 4.0, -5.0]))
         Array([0.6, 0.8, 0. ], dtype=float32)
     """
+
+    formula = "w ↦ … P₂(P₁(w)), onto {constraints:, then }"
 
     constraints: tuple[Constraint, ...]
 

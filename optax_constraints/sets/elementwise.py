@@ -16,6 +16,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, check_axis, drop_axes, settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import check_number, is_schedule, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
@@ -126,10 +127,13 @@ clipped = jax.jit(_clip, static_argnums=3, inline=True)
 class NonNeg(Elementwise):
     """No weight is negative: ``{w : w >= 0}``.
 
-    Convex. The projection ``max(w, 0)`` is exact in every dtype, and NaN stays NaN. One
-    pass over the weights, which fuses with the optimizer's own. Integers are fine.
+    Convex. The projection ``max(w, 0)`` is exact in every dtype, and NaN stays NaN. Integers are
+    fine.
 
     The set is that of `keras.constraints.NonNeg`.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,6 +141,8 @@ class NonNeg(Elementwise):
         >>> oc.non_neg()(jnp.array([-1.0, 0.5]))
         Array([0. , 0.5], dtype=float32)
     """
+
+    formula = "{ w : w ≥ 0 }"
 
     sign_preserving = True
 
@@ -156,6 +162,11 @@ class NonNeg(Elementwise):
         """The entries that are zero."""
         return w <= 0
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, 0.0)
+
 
 non_neg = NonNeg
 
@@ -165,11 +176,14 @@ non_neg = NonNeg
 class Box(Elementwise):
     """Each weight lies in an interval: ``{w : lower <= w <= upper}``.
 
-    Convex. The projection ``clip(w, lower, upper)`` is exact in every dtype, to the bounds as
-    that dtype holds them. One pass over the weights, which fuses with the optimizer's own.
+    Convex. The projection ``clip(w, lower, upper)`` is exact in every dtype, to the bounds as that
+    dtype holds them.
 
     With numbers it is the weight clipping of M. Arjovsky et al., "Wasserstein GAN", ICML
     2017; with arrays of 0 and infinity it is a pattern of signs.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         lower: The lower bound: a number, a JAX scalar, a schedule, an array that broadcasts
@@ -268,6 +282,17 @@ class Box(Elementwise):
         none = jnp.zeros(w.shape, bool)
         return (none if lower is None else w <= lower) | (none if upper is None else w >= upper)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols, with the bounds there are."""
+        low = "{ w : w" if self.lower is None else "{ w : {lower} ≤ w"
+        return low + (" }" if self.upper is None else " ≤ {upper} }")
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, *self._bounds(w))
+
 
 box = Box
 
@@ -284,10 +309,9 @@ def is_concrete(bound: Any) -> bool:
 class Grid(Elementwise):
     """Each weight is one of the values: ``{w : w in values}``.
 
-    Binary, ternary and fixed-point networks. Not convex. The projection takes the nearest
-    value, and of two that are equally near the one of smaller magnitude, or the positive one.
-    Its derivative is zero. A pass over the weights with one comparison for each value, or for
-    more than 32 values a binary search.
+    Binary, ternary and fixed-point networks. Not convex. The projection takes the nearest value,
+    and of two that are equally near the one of smaller magnitude, or the positive one. Its
+    derivative is zero.
 
     In each dtype the values are rounded to multiples of its machine epsilon times the power of
     two above the largest: so their differences are exact, and an update leads from one to
@@ -296,6 +320,10 @@ class Grid(Elementwise):
     Small steps are lost: an update shorter than half a gap between values leads back to where it
     came from, and `project` warns of that. Let the optimizer train free weights, with the loss at
     `straight_through`, as in the second example.
+
+    Cost:
+        One comparison for each value, or a binary search for more than 32. It fuses with the
+        optimizer's own pass over the weights.
 
     Args:
         values: The values, at least one.
@@ -319,6 +347,8 @@ class Grid(Elementwise):
         >>> oc.constrain(w, oc.grid([-1, 0, 1]))
         Array([ 1.,  0., -1.], dtype=float32)
     """
+
+    formula = "{ w : each entry ∈ {{values}} }"
 
     values: tuple[float, ...]
 
@@ -383,6 +413,11 @@ class Grid(Elementwise):
         nearest = nearest.astype(w.dtype)
         return jnp.where((nearest == w) | (w != w), w, nearest)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries, and where the values are."""
+        del memory
+        return Gauge("entries", w, marks=self.values)
+
 
 grid = Grid
 
@@ -395,11 +430,13 @@ class Scale(Constraint):
     For what a training loop decides anew in each step, such as QK-clip (Kimi Team, "Kimi K2: Open
     agentic intelligence", 2025), which shrinks the projections of each attention head by a factor
     that the forward pass has measured: ``scale(arg("gamma"), axis=(0, 2))`` for a kernel (in,
-    heads, depth) with one factor a head. A factor of 1 gives the weights back bit for bit. One
-    pass over the weights, which fuses with the optimizer's own.
+    heads, depth) with one factor a head. A factor of 1 gives the weights back bit for bit.
 
     Since `constrain` and `violations` apply it like any other constraint, weights count as outside
     wherever the factor is not 1.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         factor: A number, a JAX scalar, a schedule, an array, or `arg`. An array of as many axes as
@@ -418,6 +455,8 @@ class Scale(Constraint):
         Array([[1., 1.],
                [3., 2.]], dtype=float32)
     """
+
+    formula = "w ↦ {factor} · w"
 
     factor: Any = number(array=True)
     axis: Axis = None

@@ -20,15 +20,15 @@ from optax_constraints.sets.combinators import Several
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Intersection(Several):
-    """Weights lie in all of several convex sets; the projection is the nearest point they share.
+    """Weights lie in all of several convex sets: ``{w : w in A, w in B}``.
 
-    Convex. By the method of R. L. Dykstra (J. P. Boyle and R. L. Dykstra, "A method for
-    finding projections onto the intersection of convex sets in Hilbert spaces", 1986): the
-    sets are projected onto in turn, each time with what the same set took away the last time
-    added again. Rounds have momentum, which starts anew when a round goes back (A. Chambolle,
-    P. Tan and S. Vaiter, "Accelerated alternating descent methods for Dykstra-like problems",
-    J. Math. Imaging Vis. 59, 2017; B. O'Donoghue and E. Candes, "Adaptive restart for
-    accelerated gradient schemes", Found. Comput. Math. 15, 2015).
+    Convex; the projection is the nearest point that they share. By the method of R. L. Dykstra (J.
+    P. Boyle and R. L. Dykstra, "A method for finding projections onto the intersection of convex
+    sets in Hilbert spaces", 1986): the sets are projected onto in turn, each time with what the
+    same set took away the last time added again. Rounds have momentum, which starts anew when a
+    round goes back (A. Chambolle, P. Tan and S. Vaiter, "Accelerated alternating descent methods
+    for Dykstra-like problems", J. Math. Imaging Vis. 59, 2017; B. O'Donoghue and E. Candes,
+    "Adaptive restart for accelerated gradient schemes", Found. Comput. Math. 15, 2015).
 
     It ends when nothing changes any more, as far as the dtype can tell, or after `iterations`
     rounds. Near the sets, as in training, some ten rounds do. Far away, or where sets meet at
@@ -38,9 +38,11 @@ class Intersection(Several):
     off by 2e-5 after 200 rounds from normal weights of scale 1, and by up to 6% from scale 30.
     Name first the set that takes away most, and give it more `iterations`.
 
-    If the sets share no point the result means nothing. A round costs all the projections,
-    and each set keeps two leaves of memory. The derivative takes all `iterations`, unless the
-    weights are allowed.
+    If the sets share no point the result means nothing. The derivative takes all `iterations`,
+    unless the weights are allowed.
+
+    Cost:
+        Some ten rounds of all the projections in training. Each set needs memory for two leaves.
 
     Args:
         *constraints: Two or more convex ones, of anything that `get` accepts.
@@ -58,6 +60,8 @@ class Intersection(Several):
         >>> both(jnp.array([3.0, 2.0, -3.0])).round(4)
         Array([2., 1., 0.], dtype=float32)
     """
+
+    formula = "{constraints: ∩ }"
 
     constraints: tuple[Constraint, ...]
     iterations: int = 200

@@ -22,6 +22,7 @@ from optax_constraints import _numerics
 from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_number, number, value
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic
@@ -125,8 +126,11 @@ def _onto_plane_jvp(axis, half, primals, tangents):
 class SumTo(UnitSet):
     """Each unit sums to `value`: ``{w : sum(unit) = value}``.
 
-    A plane, so convex; the projection adds the same number to all entries of a unit, and is
-    the nearest point, exact up to rounding. Three sums over the weights, and one pass to add.
+    A plane, so convex; the projection adds the same number to all entries of a unit, and is the
+    nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         value: The sum of each unit.
@@ -144,6 +148,8 @@ class SumTo(UnitSet):
                [0.25, 1.  ]], dtype=float32)
     """
 
+    formula = "{ w : Σᵢ uᵢ = {value} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -157,6 +163,13 @@ class SumTo(UnitSet):
         mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The sums of units."""
+        del memory
+        wide, axis = self._widen(w)
+        total = value(self.value, wide.dtype)
+        return Gauge("sums", _sum(wide, axis), total, total)
+
 
 sum_to = SumTo
 
@@ -166,8 +179,11 @@ sum_to = SumTo
 class CenterAround(UnitSet):
     """The mean of each unit is `ref_value`: ``{w : mean(unit) = ref_value}``.
 
-    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact
-    up to rounding. Costs what `SumTo` costs.
+    A plane, so convex; the projection ``w - mean(w) + ref_value`` is the nearest point, exact up to
+    rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         ref_value: The mean of each unit.
@@ -188,6 +204,8 @@ class CenterAround(UnitSet):
                [-0.25,  0.75]], dtype=float32)
     """
 
+    formula = "{ w : mean(u) = {ref_value} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -200,6 +218,13 @@ class CenterAround(UnitSet):
         wide, axis = self._widen(w)
         mean = value(self.ref_value, wide.dtype)
         return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The means of units."""
+        del memory
+        wide, axis = self._widen(w)
+        mean = value(self.ref_value, wide.dtype)
+        return Gauge("means", jnp.mean(wide, axis=axis), mean, mean)
 
 
 center_around = CenterAround
@@ -241,14 +266,23 @@ class _NormalSet(UnitSet):
         offset = value(self.offset, wide.dtype) / largest
         return normal, normal * (offset / _sum(jnp.square(normal), axis))
 
+    def _products(self, w: jax.Array) -> jax.Array:
+        """The inner product of each unit with the normal."""
+        wide, axis = self._widen(w)
+        beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
+        return _sum(wide * jnp.asarray(self.normal, wide.dtype).reshape(beside), axis)
+
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hyperplane(_NormalSet):
     """The inner product of each unit with `normal` is `offset`.
 
-    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal,
-    and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+    ``{w : <normal, unit> = offset}``, convex; the projection moves each unit along the normal, and
+    is the nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         normal: An array of the shape of one unit: the lengths of the leaf's axes in `axis`, in
@@ -269,6 +303,8 @@ class Hyperplane(_NormalSet):
                [0.5, 1.5]], dtype=float32)
     """
 
+    formula = "{ w : ⟨{normal}, u⟩ = {offset} }"
+
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
@@ -282,6 +318,12 @@ class Hyperplane(_NormalSet):
         wide, axis = self._widen(w)
         return _onto_plane(wide, *self._plane(wide), axis).astype(w.dtype)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The inner products of units with the normal."""
+        del memory
+        offset = value(self.offset, jnp.dtype(jnp.float32))
+        return Gauge("inner products", self._products(w), offset, offset)
+
 
 hyperplane = Hyperplane
 
@@ -291,8 +333,11 @@ hyperplane = Hyperplane
 class HalfSpace(_NormalSet):
     """The inner product of each unit with `normal` is at most `offset`.
 
-    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside
-    along the normal, and is the nearest point, exact up to rounding. Costs what `SumTo` costs.
+    ``{w : <normal, unit> <= offset}``, convex; the projection moves each unit that is outside along
+    the normal, and is the nearest point, exact up to rounding.
+
+    Cost:
+        Three sums over the weights, and one pass to add.
 
     Args:
         normal: An array of the shape of one unit, as for `Hyperplane`.
@@ -311,6 +356,8 @@ class HalfSpace(_NormalSet):
         Array([[0.5, 0.5],
                [0.5, 1.5]], dtype=float32)
     """
+
+    formula = "{ w : ⟨{normal}, u⟩ ≤ {offset} }"
 
     convex: ClassVar[bool] = True
 
@@ -346,6 +393,12 @@ class HalfSpace(_NormalSet):
         up = jnp.where(near, _above(v, normal, 0 * normal, axis), 0)
         return _lower(v, normal, jnp.maximum(up, 0))
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The inner products of units with the normal."""
+        del memory
+        offset = value(self.offset, jnp.dtype(jnp.float32))
+        return Gauge("inner products", self._products(w), None, offset)
+
 
 half_space = HalfSpace
 
@@ -375,14 +428,14 @@ def _onto_rows(x: jax.Array, rows: jax.Array, point: jax.Array) -> jax.Array:
     far = ~stays & (jnp.square(taken / unit) - jnp.square(left / unit) > 0.9)
 
     def step(x: jax.Array, missed: jax.Array, where: jax.Array) -> jax.Array:
-        return x - _matmul(rows.T, jnp.where(where, missed, 0))
+        moved = x - _matmul(rows.T, jnp.where(where, missed, 0))
+        return jnp.where(where, jnp.where(finite, moved, jnp.nan), x)
 
     moved = step(x, missed, ~stays)
     # What a long step rounds away may be much beside a short result.
-    moved = lax.cond(
+    return lax.cond(
         jnp.any(far), lambda y: step(y, _residual(y, rows, point), far), lambda y: y, moved
     )
-    return jnp.where(stays, x, jnp.where(finite, moved, jnp.nan))
 
 
 @_onto_rows.defjvp
@@ -405,10 +458,12 @@ class Affine(UnitSet):
     misses none of them, combined to orthonormal ones, by more than 8 machine epsilons of the
     dtype of the sums, times the norm of the unit.
 
-    For conservation laws, interpolation conditions, zero sums over groups, or to keep what a
-    layer does to some inputs. Orthonormal rows are found once, when the set is made, in
-    float64. Then two products with them, and as many again where a result is much shorter than
-    the weights. A traced `a` is decomposed in each step, and its rows have to be independent.
+    For conservation laws, interpolation conditions, zero sums over groups, or to keep what a layer
+    does to some inputs. Orthonormal rows are found once, when the set is made, in float64.
+
+    Cost:
+        Two products with the rows of `a`. Two more where a result is much shorter than the weights.
+        A traced `a` is decomposed in each step, and its rows have to be independent.
 
     Args:
         a: An array of shape (equations, ...), each of its rows of the shape of one unit: the
@@ -430,6 +485,8 @@ class Affine(UnitSet):
                [0.5],
                [2. ]], dtype=float32)
     """
+
+    formula = "{ w : A u = {b} }"
 
     convex: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
@@ -505,6 +562,16 @@ class Affine(UnitSet):
             return q.T, point
         rows, mix, *point = (jnp.asarray(x, dtype) for x in self._found)
         return rows, point[0] if point else _matmul(mix, b)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much each unit misses each equation."""
+        del memory
+        wide, axis = self._widen(w)
+        order = (*axis, *(a for a in range(w.ndim) if a not in axis))
+        a, b = (jnp.asarray(x, wide.dtype) for x in (self.a, self.b))
+        units = jnp.transpose(wide, order).reshape(a[0].size, -1)
+        missed = a.reshape(len(a), -1) @ units - jnp.broadcast_to(b, a.shape[:1])[:, None]
+        return Gauge("residuals", missed, 0.0, 0.0)
 
 
 affine = Affine

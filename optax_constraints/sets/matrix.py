@@ -16,6 +16,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints._numerics import exp2, exponent_of
 from optax_constraints._sharding import automatic
@@ -55,6 +56,15 @@ class _Mirrored(MatrixSet):
     square = True
     sign: ClassVar[int]
 
+    spectral = False
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The differences between each matrix and its image, which have to be zero."""
+        del memory
+        a, _ = self._matrices(w)
+        name = "entries of W - Wᵀ" if self.sign > 0 else "entries of W + Wᵀ"
+        return Gauge(name, a - self._mirror(a), 0.0, 0.0)
+
     def _mirror(self, a: jax.Array) -> jax.Array:
         return self.sign * _transpose(a)
 
@@ -75,10 +85,12 @@ class _Mirrored(MatrixSet):
 class Symmetric(_Mirrored):
     """Each matrix is its own transpose: ``{W : W = W^T}``.
 
-    A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest
-    point, and its result is symmetric to the bit in every dtype. In a chain, symmetric weights
-    stay so to the bit, too; others are symmetric up to rounding after the first step. One pass
-    over the weights and their transpose.
+    A linear subspace: convex and smooth. The projection ``(W + W^T) / 2`` is the nearest point, and
+    its result is symmetric to the bit in every dtype. In a chain, symmetric weights stay so to the
+    bit, too; others are symmetric up to rounding after the first step.
+
+    Cost:
+        One pass over the weights and their transpose.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -95,6 +107,8 @@ class Symmetric(_Mirrored):
                [3., 3.]], dtype=float32)
     """
 
+    formula = "{ W : W = Wᵀ }"
+
     sign = 1
     axis: Axis = None
 
@@ -107,11 +121,13 @@ symmetric = Symmetric
 class SkewSymmetric(_Mirrored):
     """Each matrix is minus its transpose: ``{W : W = -W^T}``.
 
-    A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest
-    point, and its result is skew-symmetric to the bit in every dtype. In a chain,
-    skew-symmetric weights stay so to the bit, too; others are so up to rounding after the
-    first step. One pass over the weights and their transpose. The matrix exponential of such a
-    matrix is a rotation.
+    A linear subspace: convex and smooth. The projection ``(W - W^T) / 2`` is the nearest point, and
+    its result is skew-symmetric to the bit in every dtype. In a chain, skew-symmetric weights stay
+    so to the bit, too; others are so up to rounding after the first step. The matrix exponential of
+    such a matrix is a rotation.
+
+    Cost:
+        One pass over the weights and their transpose.
 
     Args:
         axis: None for the last two axes; otherwise the axes that are flattened into the rows.
@@ -127,6 +143,8 @@ class SkewSymmetric(_Mirrored):
         Array([[ 0., -1.],
                [ 1.,  0.]], dtype=float32)
     """
+
+    formula = "{ W : W = -Wᵀ }"
 
     sign = -1
     axis: Axis = None
@@ -149,8 +167,10 @@ class PositiveSemidefinite(MatrixSet):
     1988), up to the rounding of the eigenvalues, which goes by the largest of them. The
     result is symmetric to the bit.
 
-    One Cholesky factorisation, which tells whether a matrix is in the set; if one of an array
-    is not, one eigendecomposition of each.
+    Cost:
+        One Cholesky factorisation, which tells whether a matrix is in the set, and an
+        eigendecomposition where it is not. If one matrix of an array is outside, all of them are
+        decomposed.
 
     Args:
         min_eigenvalue: The lower bound: a number, a JAX scalar or a schedule. With a positive
@@ -169,6 +189,8 @@ class PositiveSemidefinite(MatrixSet):
         Array([[1., 0.],
                [0., 0.]], dtype=float32)
     """
+
+    formula = "{ W : W = Wᵀ, λ(W) ≥ {min_eigenvalue} }"
 
     convex = True
     square = True
@@ -198,6 +220,14 @@ class PositiveSemidefinite(MatrixSet):
         bound = value(self.min_eigenvalue, a.dtype)
         slack = _eigenvalue_rounding(a) * largest + 2 * _numerics.eps(w.dtype) * largest
         return eigenvalues[..., 0] <= bound + slack
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The eigenvalues of the symmetric parts."""
+        del memory
+        a, _ = self._matrices(w)
+        a = jnp.where(jnp.isfinite(a), a, 0)
+        low = value(self.min_eigenvalue, a.dtype)
+        return Gauge("eigenvalues", jnp.linalg.eigvalsh((a + jnp.swapaxes(a, -1, -2)) / 2), low)
 
 
 positive_semidefinite = PositiveSemidefinite
@@ -288,14 +318,17 @@ _project_positive = jax.jit(_positive)
 class Radial(Constraint):
     """The weights of each square window are the same at the same distance from its centre.
 
-    The window is the first two axes, as in the kernel (height, width, in, out) of a Conv2D;
-    the distance of an entry is ``max(|row - centre|, |column - centre|)``, so that a ring is
-    the border of a square, and each slice along the other axes has its own values. A linear
-    subspace: convex and smooth. The projection takes the mean of each ring, and is the
-    nearest point. Two passes over the weights.
+    ``{w : w[i] = w[j] where i and j lie on one ring}``. The window is the first two axes, as in the
+    kernel (height, width, in, out) of a Conv2D; the distance of an entry is ``max(|row - centre|,
+    |column - centre|)``, so that a ring is the border of a square, and each slice along the other
+    axes has its own values. A linear subspace: convex and smooth. The projection takes the mean of
+    each ring, and is the nearest point.
 
     The set is the one that the documentation of `tf.keras.constraints.RadialConstraint`
     shows; the code there copies values instead, and not those of its documentation.
+
+    Cost:
+        Two passes over the weights.
 
     Example:
         >>> import jax.numpy as jnp
@@ -305,6 +338,8 @@ class Radial(Constraint):
                [1., 5., 1.],
                [1., 1., 1.]], dtype=float32)
     """
+
+    formula = "{ w : wᵢⱼ depends on max(|i - c|, |j - c|) only, c the centre }"
 
     convex = True
     smooth = True
@@ -317,6 +352,11 @@ class Radial(Constraint):
         if not w.size:
             return w
         return automatic(_mean_of_rings, wide).astype(w.dtype)
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much entries differ from the mean of their ring."""
+        del memory
+        return Gauge("differences from the mean of the ring", w - self(w), 0.0, 0.0)
 
     def settle(
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None

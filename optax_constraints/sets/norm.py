@@ -8,7 +8,7 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, difference
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import (
     Number,
     concrete,
@@ -263,6 +264,23 @@ class _NormSet(InParts, UnitSet):
             return None
         return norm >= self._bound(norm.dtype, norm) * (1 - 2 * _numerics.eps(dtype))
 
+    _gauged: ClassVar[str] = "norms"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The norm of each unit; where bounds go by that at init, as a part of the largest."""
+        norm = self._norm(w)
+        at_init: Any = memory if self.remembers and not isinstance(memory, tuple) else norm
+        low, high = self._least(norm.dtype, at_init), self._bound(norm.dtype, at_init)
+        if not self.remembers:
+            return Gauge(self._gauged, norm, low, high)
+        largest = jnp.where(high > 0, high, 1)
+        low = None if low is None else low / largest
+        return Gauge(f"{self._gauged} / bound", norm / largest, low, jnp.minimum(high, 1))
+
+    def _least(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array | None:
+        """The least norm, if there is one above zero."""
+        return self._bound(dtype, at_init) if self.smooth else None
+
 
 def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
     return (w.astype(_numerics.compute_dtype(w.dtype)) * scale).astype(w.dtype)
@@ -330,11 +348,14 @@ def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
 class MaxNorm(_NormSet):
     """The norm of each unit is at most `max_value`: ``{w : ||unit||_2 <= max_value}``.
 
-    Convex; the projection ``w * min(1, max_value / ||unit||)`` is the nearest point, exact
-    up to rounding. One pass to take the norms and one to scale.
+    Convex; the projection ``w * min(1, max_value / ||unit||)`` is the nearest point, exact up to
+    rounding.
 
     The set is that of `keras.constraints.MaxNorm`; N. Srivastava et al., "Dropout", JMLR
     15, 2014, use it with dropout.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         max_value: The bound: a number of at least 0, a JAX scalar, a schedule, or a multiple of
@@ -358,6 +379,8 @@ class MaxNorm(_NormSet):
                [0.8, 0.4]], dtype=float32)
     """
 
+    formula = "{ w : ‖u‖₂ ≤ {max_value} }"
+
     max_value: Number = number(2, low=0, init=True)
     axis: Axis = 0
 
@@ -378,9 +401,12 @@ max_norm = MaxNorm
 class MaxRMS(_NormSet):
     """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
 
-    Convex: a ball, whose radius grows with the size of a unit, so that one bound serves
-    layers of all widths. The projection ``w * min(1, max_value / rms(unit))`` is the nearest
-    point, exact up to rounding. One pass to take the norms and one to scale.
+    Convex: a ball, whose radius grows with the size of a unit, so that one bound serves layers of
+    all widths. The projection ``w * min(1, max_value / rms(unit))`` is the nearest point, exact up
+    to rounding.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar, a schedule, or `"2x init"`.
@@ -398,10 +424,14 @@ class MaxRMS(_NormSet):
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
 
+    formula = "{ w : rms(u) ≤ {max_value} }"
+
     max_value: Number = number(low=0, init=True)
     axis: Axis = None
 
     convex = True
+
+    _gauged = "root mean squares"
 
     def _one(self, size: int) -> float:
         return math.sqrt(max(size, 1))
@@ -422,10 +452,13 @@ class MinMaxNorm(_NormSet):
     """The norm of each unit lies in an interval.
 
     ``{w : min_value <= ||unit||_2 <= max_value}``, convex only for ``min_value = 0``. The
-    projection scales each unit, and is the nearest point; a unit of zeros has no direction
-    and stays zero. One pass to take the norms and one to scale.
+    projection scales each unit, and is the nearest point; a unit of zeros has no direction and
+    stays zero.
 
     The set is that of `keras.constraints.MinMaxNorm`.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         min_value: The lower bound, at least 0, or a multiple of each unit's norm at init, such
@@ -449,6 +482,8 @@ class MinMaxNorm(_NormSet):
         Array([[0.6, 0.3],
                [0.8, 0.4]], dtype=float32)
     """
+
+    formula = "{ w : {min_value} ≤ ‖u‖₂ ≤ {max_value} }"
 
     min_value: Number = number(0.0, low=0, init=True)
     max_value: Number = number(1.0, low=0, init=True)
@@ -492,6 +527,9 @@ class MinMaxNorm(_NormSet):
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
 
+    def _least(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array | None:
+        return value(self.min_value, dtype, at_init)
+
     def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
         high = super()._reaches(norm, dtype)
         low = value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(dtype))
@@ -506,11 +544,13 @@ min_max_norm = MinMaxNorm
 class UnitNorm(_NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
 
-    Not convex. The projection divides each unit by its norm, and is the nearest point; a
-    unit of zeros has no direction and stays zero. One pass to take the norms and one to
-    scale.
+    Not convex. The projection divides each unit by its norm, and is the nearest point; a unit of
+    zeros has no direction and stays zero.
 
     The set is that of `keras.constraints.UnitNorm`.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         axis: The axes along which one unit runs, as for `MaxNorm`.
@@ -527,6 +567,8 @@ class UnitNorm(_NormSet):
         Array([[0.6, 0. ],
                [0.8, 0. ]], dtype=float32)
     """
+
+    formula = "{ w : ‖u‖₂ = 1 }"
 
     axis: Axis = 0
 
@@ -553,12 +595,14 @@ unit_norm = UnitNorm
 class FixedNorm(_NormSet):
     """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
 
-    Not convex. The projection divides each unit by its norm and multiplies it by `value`, and
-    is the nearest point; a unit of zeros has no direction and stays zero. With `"init"` the
-    norms are taken when `project` is initialised and kept in its state, so that they do not
-    drift, however long the training; a unit of zeros at init stays zero for good. Without
-    that state, as in `constrain(params, rules)`, weights count as those at init. One pass to
-    take the norms and one to scale.
+    Not convex. The projection divides each unit by its norm and multiplies it by `value`, and is
+    the nearest point; a unit of zeros has no direction and stays zero. With `"init"` the norms are
+    taken when `project` is initialised and kept in its state, so that they do not drift, however
+    long the training; a unit of zeros at init stays zero for good. Without that state, as in
+    `constrain(params, rules)`, weights count as those at init.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         value: The norm: a number of at least 0, a JAX scalar, a schedule, or `"init"`, or a
@@ -577,6 +621,8 @@ class FixedNorm(_NormSet):
         Array([[6.],
                [8.]], dtype=float32)
     """
+
+    formula = "{ w : ‖u‖₂ = {value} }"
 
     value: Number = number(low=0, init=True)
     axis: Axis = None
@@ -603,9 +649,12 @@ fixed_norm = FixedNorm
 class FixedRMS(FixedNorm):
     """The root mean square of each unit is `value`, or what it was: ``{w : rms(unit) = value}``.
 
-    Not convex. A sphere as for `FixedNorm`, whose radius grows with the size of a unit, so that
-    one value serves layers of all widths. The projection is the nearest point; a unit of zeros
-    has no direction and stays zero. One pass to take the norms and one to scale.
+    Not convex. A sphere as for `FixedNorm`, whose radius grows with the size of a unit, so that one
+    value serves layers of all widths. The projection is the nearest point; a unit of zeros has no
+    direction and stays zero.
+
+    Cost:
+        Two passes: one to take the norms and one to scale.
 
     Args:
         value: The root mean square: a number of at least 0, a JAX scalar, a schedule, or
@@ -623,6 +672,10 @@ class FixedRMS(FixedNorm):
         >>> oc.fixed_rms(1.0)(jnp.array([3.0, 4.0, 0.0, 0.0]))
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
+
+    formula = "{ w : rms(u) = {value} }"
+
+    _gauged = "root mean squares"
 
     def _one(self, size: int) -> float:
         return math.sqrt(max(size, 1))

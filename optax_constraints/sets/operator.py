@@ -18,6 +18,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout, drop_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_numbers, number, value
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
@@ -76,9 +77,10 @@ class MaxOperatorNorm(Constraint):
     3x3), for windows of more axes, and where strides count as 1: with circular padding, and where
     pixels are set apart as well.
 
-    Cost: at each of the frequencies, 130 for a 3x3 window, six products of complex matrices of
-    the fewer channels, 32 frequencies at a time. That grows with the cube of the channels, and
-    is independent of the size of images and batches.
+    Cost:
+        Six products of complex matrices of the fewer channels at each frequency, of which a 3x3
+        window has 130. That grows with the cube of the channels, and does not depend on the size of
+        images and batches. 32 frequencies are computed at a time.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
@@ -106,6 +108,8 @@ class MaxOperatorNorm(Constraint):
         >>> round(1 / float(bound(blur)[0, 0, 0, 0]), 2)
         9.36
     """
+
+    formula = "{ K : bound(K) ≤ {max_value} }, with bound(K) ≥ ‖x ↦ K * x‖₂"
 
     max_value: Number = number(low=0)
     strides: Sizes = None
@@ -237,6 +241,13 @@ class MaxOperatorNorm(Constraint):
                 f"{where}: padding='CIRCULAR' with input_dilation={self.input_dilation!r} has no "
                 "bound here; pad with zeros, or leave this leaf free with None."
             )
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The bounds of the groups."""
+        del memory
+        kernels, _ = self._kernels(w)
+        norms = _bounds(kernels, *self._phases(w.shape)) if w.size else jnp.zeros(0)
+        return Gauge("operator norms", norms, None, value(self.max_value, kernels.dtype))
 
 
 max_operator_norm = MaxOperatorNorm

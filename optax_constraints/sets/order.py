@@ -18,6 +18,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import Axis, LeafLayout, remove_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Limits, Number, check_number, is_schedule, number, value
 from optax_constraints._numerics import in_turn
 from optax_constraints._sharding import automatic, vary_like
@@ -50,9 +51,6 @@ class Monotone(UnitSet):
     entries merge into sorted fours, eights and so on, all units at once. Up to eights ``v`` has a
     closed form, and above it is found by Newton's method on masked sums.
 
-    Costs ``log2(n)`` levels for units of ``n`` entries: a pass over the weights for each, and
-    from the fourth level on five to eight more. It takes log-many steps in sequence, not `n`.
-
     The pooling of neighbours that are out of order is that of M. Ayer et al., "An empirical
     distribution function for sampling with incomplete information", Annals of Mathematical
     Statistics 26, 1955.
@@ -66,6 +64,11 @@ class Monotone(UnitSet):
     rounds have not been enough. Calibrated lattices are those of M. Gupta et al., "Monotonic
     calibrated interpolated look-up tables", JMLR 17, 2016. The derivative takes entries that are
     equal within 64 machine epsilons of the largest for one pool.
+
+    Cost:
+        ``log2(n)`` levels for units of `n` entries. Each level is one pass over the weights, and
+        from the fourth on six to nine. Only the levels run one after the other. Along several axes,
+        as many rounds of this as Dykstra's method needs: a few in training.
 
     Args:
         axis: The axis along which entries are sorted, or `"fan_in"`; several axes, or None, for
@@ -147,6 +150,21 @@ class Monotone(UnitSet):
             )
 
         return automatic(tied, w, spec=PartitionSpec())
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        less = "≤" if self.increasing else "≥"
+        if isinstance(self.axis, int) or (isinstance(self.axis, tuple) and len(self.axis) == 1):
+            return f"{{ w : u₁ {less} u₂ {less} … {less} uₙ }}"
+        return f"{{ w : uᵢ {less} uⱼ where i ≤ j }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The steps from each entry of a unit to the next, upwards in an allowed one."""
+        del memory
+        wide, axes = self._widen(w)
+        steps = [jnp.diff(wide, axis=axis).ravel() for axis in axes]
+        return Gauge("steps", (1 if self.increasing else -1) * jnp.concatenate(steps), 0.0)
 
 
 monotone = Monotone
@@ -351,13 +369,17 @@ class TopK(InParts, UnitSet):
     With ``of="units"``, for structured pruning, at most `k` units have an entry that is not zero:
     those of largest norm stay as they are. Units are then slices along `axis` as everywhere, such
     as neurons with ``axis=0`` for a Dense kernel (in, out), filters with ``"fan_in"``, and heads
-    with ``(0, 2)`` for a kernel (in, heads, depth). One pass for the norms and one to choose.
+    with ``(0, 2)`` for a kernel (in, heads, depth).
 
     The set is that of iterative hard thresholding, T. Blumensath and M. Davies, 2008; for a `k`
     that falls during training see M. Zhu and S. Gupta, "To prune, or not to prune", 2017.
 
     At zeros small steps are lost: what is not among the largest starts from zero again. With
     `straight_through` the steps of dropped entries add up in free weights, until they come back.
+
+    Cost:
+        One counting pass for each bit of the dtype, 31 for float32, and no sort. For
+        ``of="units"``, one pass for the norms and one to choose.
 
     Args:
         k: How many entries to keep. An integer of at least 0 is a count, and a float in (0, 1]
@@ -482,6 +504,23 @@ class TopK(InParts, UnitSet):
         """How the report shows it: what is counted only if it is units."""
         text = super().__str__()
         return text.replace(", 'entries'", "").replace(", 'units'", " units")
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        size = " n" if _is_fraction(self.k) else ""
+        if self.of == "units":
+            return f"{{ w : at most {{k}}{size} units u ≠ 0 }}"
+        return f"{{ w : ‖u‖₀ ≤ {{k}}{size} }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The nonzero entries of each unit, or units, counted."""
+        del memory
+        units, high = self._units(w), self._count(w)
+        counts = units.count((w != 0,))
+        if self.of == "units":
+            return Gauge("nonzero units", jnp.sum(counts > 0), None, high)
+        return Gauge("nonzeros", counts, None, high)
 
 
 top_k = TopK
@@ -625,10 +664,10 @@ def _where_free(y: jax.Array, room: jax.Array, dy: jax.Array) -> jax.Array:
 class NM(LineSet):
     """At most `n` of each `m` consecutive entries are not zero, such as 2 of 4.
 
-    Not convex. The projection keeps the `n` entries of largest magnitude in each group as they
-    are and sets the others to zero, exactly, which is a nearest point. Of equal magnitudes the
-    first ones are kept. NaN and infinity count and stay as in `TopK`. One pass, in which the
-    entries of a group are compared with one another: ``m`` comparisons an entry.
+    ``{w : ||group||_0 <= n}`` for each group of `m` entries. Not convex. The projection keeps the
+    `n` entries of largest magnitude in each group as they are and sets the others to zero, exactly,
+    which is a nearest point. Of equal magnitudes the first ones are kept. NaN and infinity count
+    and stay as in `TopK`.
 
     A. Mishra et al., "Accelerating sparse deep neural networks", 2021, describe 2:4 sparsity,
     which some accelerators multiply at twice the speed.
@@ -636,6 +675,9 @@ class NM(LineSet):
     At zeros small steps are lost, as in `TopK`. `straight_through` with a `decay` is the SR-STE of
     A. Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
     ICLR 2021: dropped entries are trained, and pulled towards zero.
+
+    Cost:
+        One pass, with ``m`` comparisons for each entry.
 
     Args:
         n: How many entries to keep of each group: an integer from 1 to `m`, a JAX scalar or a
@@ -659,6 +701,8 @@ class NM(LineSet):
         >>> jax.grad(loss)(jnp.array([3.0, -2.0]))
         Array([1. , 0.5], dtype=float32)
     """
+
+    formula = "{ w : at most {n} of each {m} consecutive entries of u ≠ 0 }"
 
     n: Number = number(2, low=1, whole=True)
     m: int = 4
@@ -703,6 +747,13 @@ class NM(LineSet):
         n = value(self.n, jnp.dtype(jnp.int32))
         full = functools.partial(_are_full, m=self.m, axis=axis)
         return automatic(full, w, n, spec=PartitionSpec())
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The nonzeros of each group, counted."""
+        del memory
+        axis = self._check(None, w.shape, self._widen(w)[1])
+        counts = jnp.sum(_grouped(w, self.m, axis) != 0, axis=axis + 1)
+        return Gauge("nonzeros of each group", counts, None, value(self.n, jnp.dtype(jnp.int32)))
 
 
 nm = NM

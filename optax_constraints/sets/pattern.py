@@ -13,6 +13,7 @@ from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout, drop_axes
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, own_arrays
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import unread
 from optax_constraints._numerics import is_array, is_readable
 from optax_constraints._sharding import automatic
@@ -45,16 +46,18 @@ def _check_text(owner: str, name: str, pattern: Any) -> None:
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(Elementwise):
-    """Weights are zero where the mask is: ``{w : w = 0 where mask = 0}``.
+    """Weights are zero where the mask is, or were at init: ``{w : w = 0 where mask = 0}``.
 
-    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency.
-    A linear subspace, so convex; exact in every dtype, and NaN stays NaN. One pass over the
-    weights, which fuses with the optimizer's own.
+    For fixed sparsity: pruned networks, causal and block-diagonal kernels, known adjacency. A
+    linear subspace, so convex; exact in every dtype, and NaN stays NaN.
 
     With `"init"` weights stay zero where they are zero when `project` is initialised, as in
     sparse training and for checkpoints that were pruned. `project` keeps that in its state, as
     one bool for each weight, sharded like the weights. Without that state, as in
     `constrain(params, rules)`, weights count as those at init.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         mask: An array that broadcasts to the weights, of bools or of numbers of which those
@@ -146,6 +149,20 @@ class Mask(Elementwise):
             return None
         return jnp.broadcast_to(beside(~self._free("", w.shape), w), w.shape)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w = 0 where {'w₀' if self.remembers else 'mask'} = 0 }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries; only a zero is allowed where the mask has one."""
+        if self.remembers:
+            free = memory if is_array(memory) else self.remember(w)
+        else:
+            free = beside(self._free("", w.shape), w)
+        most = jnp.where(free, jnp.inf, 0)
+        return Gauge("entries", w, -most, most, (0.0,))
+
 
 mask = Mask
 
@@ -162,11 +179,13 @@ class ZeroDiagonal(Elementwise):
     """Square matrices with a zero diagonal: ``{w : w[..., i, i] = 0}``.
 
     The last two axes are the matrix, those before them number matrices. A linear subspace, so
-    convex; exact in every dtype. One pass over the weights, which fuses with the optimizer's
-    own.
+    convex; exact in every dtype.
 
     Item-to-item recommenders use it, so that no item predicts itself: H. Steck,
     "Embarrassingly shallow autoencoders for sparse data", WWW 2019.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Raises:
         ValueError: At bind, if the last two axes of the leaf are not a square.
@@ -178,6 +197,8 @@ class ZeroDiagonal(Elementwise):
         Array([[0., 1.],
                [1., 0.]], dtype=float32)
     """
+
+    formula = "{ W : Wᵢᵢ = 0 }"
 
     smooth = True
     sign_preserving = True
@@ -204,6 +225,11 @@ class ZeroDiagonal(Elementwise):
         """The diagonal."""
         return jnp.broadcast_to(jnp.eye(w.shape[-1], dtype=bool), w.shape)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries of diagonals."""
+        del memory
+        return Gauge("entries of the diagonal", jnp.diagonal(w, axis1=-2, axis2=-1), 0.0, 0.0)
+
 
 zero_diagonal = ZeroDiagonal
 
@@ -213,9 +239,8 @@ zero_diagonal = ZeroDiagonal
 class Sign(Elementwise):
     """Each weight has the sign of the pattern, or is zero: ``{w : w * pattern >= 0}``.
 
-    Convex; where the pattern is 0 a weight is free. The projection sets weights of the other
-    sign to zero, exactly in every dtype, and NaN stays NaN. One pass over the weights, which
-    fuses with the optimizer's own.
+    Convex; where the pattern is 0 a weight is free. The projection sets weights of the other sign
+    to zero, exactly in every dtype, and NaN stays NaN.
 
     With `"init"` weights keep the signs that they have when `project` is initialised, and those
     that are zero then are free. `project` keeps that in its state, as an int8 for each weight,
@@ -226,6 +251,9 @@ class Sign(Elementwise):
     all (H. F. Song, G. R. Yang and X.-J. Wang, "Training excitatory-inhibitory recurrent neural
     networks for cognitive tasks", PLOS Comput. Biol. 12(2), 2016). With 0 and 1 it is what a
     network needs to be monotone in some of its inputs.
+
+    Cost:
+        None: it fuses with the optimizer's own pass over the weights.
 
     Args:
         pattern: An array of -1, 0 and 1 that broadcasts to the weights, such as one of shape
@@ -315,6 +343,17 @@ class Sign(Elementwise):
         """The entries that are zero and have a sign; None if that is the one at init."""
         return None if self.remembers else (self._signs(w, ()) != 0) & (w == 0)
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        return f"{{ w : w · {'sign(w₀)' if self.remembers else 'pattern'} ≥ 0 }}"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries; which are allowed on what side of zero, the pattern says."""
+        signs = self._signs(w, memory)
+        low, high = jnp.where(signs > 0, 0, -jnp.inf), jnp.where(signs < 0, 0, jnp.inf)
+        return Gauge("entries", w, low, high, (0.0,))
+
 
 sign = Sign
 
@@ -327,14 +366,16 @@ class Tied(Constraint):
     For weights with a symmetry: Toeplitz, circulant and other equivariant kernels, shared and
     hashed weights. A linear subspace: convex and smooth. The projection takes the mean of each
     label, and is the nearest point; entries of one label are then equal exactly, in every dtype.
-    Means are taken twice, the second time of what the first has left, so that they are right up
-    to rounding however many entries there are. A label with an entry that is not finite becomes
-    NaN. Three passes over the weights; each sums into an array of a number for each label, which
-    on a mesh is what moves.
+    Means are taken twice, the second time of what the first has left, so that they are right up to
+    rounding however many entries there are. A label with an entry that is not finite becomes NaN.
 
     J. Ott et al., "Learning in the machine: To share or not to share?", Neural Networks 126,
     2020, is on weights that are shared; S. Ravanbakhsh, J. Schneider and B. Poczos, "Equivariance
     through parameter-sharing", ICML 2017, on labels that follow from a symmetry.
+
+    Cost:
+        Three passes over the weights. Each sums into an array with one number for each label, which
+        is what moves between the devices of a mesh.
 
     Args:
         labels: An array of integers that broadcasts to the weights; or a function from the
@@ -356,6 +397,8 @@ class Tied(Constraint):
                [3., 3.]], dtype=float32)
     """
 
+    formula = "{ w : wᵢ = wⱼ where {labels}ᵢ = {labels}ⱼ }"
+
     labels: jax.typing.ArrayLike | list | Callable[[tuple[int, ...]], jax.typing.ArrayLike]
 
     convex = True
@@ -373,6 +416,11 @@ class Tied(Constraint):
         if not w.size:
             return w
         return automatic(_ties, w, beside(jnp.asarray(labels), w), _sizes(labels))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much entries differ from the mean of their label."""
+        del memory
+        return Gauge("differences from the mean of the label", w - self(w), 0.0, 0.0)
 
     def _labels(self, path: str | None, shape: tuple[int, ...]) -> Any:
         labels = _renumbered(self.labels(shape)) if callable(self.labels) else self.labels

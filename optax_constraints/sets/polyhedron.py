@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout, settle_axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
@@ -32,17 +33,20 @@ class Polyhedron(UnitSet):
     matter: rows may repeat, and there may be more of them than entries. Also known as projection
     onto a polytope, least distance programming, or a quadratic program with the identity.
 
-    The multipliers of the inequalities are non-negative, and minimise a quadratic function of
-    ``g @ g.T``, the same matrix for all units. An active-set method finds which of them are not
-    zero, in as many Cholesky factorisations of ``m`` by ``m`` for `m` inequalities, for all units
-    at once. Some 4 to 10 are the rule, and ``16 + 4 m`` the limit. A unit that has not come to
-    its end by then is left outside, and `violations` shows it. If no point satisfies all
-    inequalities, which is an error where the numbers are known, the result means nothing.
+    The multipliers of the inequalities are non-negative, and minimise a quadratic function of ``g @
+    g.T``, the same matrix for all units. An active-set method finds which of them are not zero. If
+    ``16 + 4 m`` steps for `m` inequalities are not enough for a unit, it stays outside, and
+    `violations` shows it. If no point satisfies all inequalities, which is an error where the
+    numbers are known, the result means nothing.
 
     An inequality that holds but for the rounding of its sum (8 machine epsilons of the dtype it
     was taken in, times the sum of the magnitudes, or the largest entry) holds. A unit with an
     entry that is not finite becomes NaN. The derivative is that of the plane of the inequalities
     whose multiplier is not zero; at an allowed unit, the identity.
+
+    Cost:
+        Some 4 to 10 Cholesky factorisations of ``m`` by ``m`` matrices for `m` inequalities, for
+        all units at once. The limit is ``16 + 4 m``.
 
     Args:
         g: A matrix with one row for each inequality and one column for each entry of a unit, in
@@ -65,6 +69,8 @@ class Polyhedron(UnitSet):
         Array([[0.5 , 0.25, 0.5 ],
                [0.5 , 0.5 , 0.25]], dtype=float32)
     """
+
+    formula = "{ w : G u ≤ {h} }"
 
     convex: ClassVar[bool] = True
 
@@ -158,6 +164,15 @@ class Polyhedron(UnitSet):
             return jnp.any(near, axis=0).reshape(beside)
 
         return automatic(tight, wide, self.g, self.h, spec=PartitionSpec())
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """Of each unit and inequality, the product less the bound."""
+        del memory
+        wide, _ = self._widen(w)
+        units, _ = _as_columns(wide, self._unit_axes(None, w.shape))
+        g, h = (jnp.asarray(x, wide.dtype) for x in (self.g, self.h))
+        above = g @ units - jnp.broadcast_to(h, g.shape[:1])[:, None]
+        return Gauge("products less bounds", above, None, 0.0)
 
 
 polyhedron = Polyhedron

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
@@ -85,6 +86,15 @@ class _Bent(LineSet):
             along, self.sign * w.astype(v.dtype), self.sign * v, gaps, slack
         )
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """By how much slopes rise (fall, for concave ones) from each knot to the next."""
+        del memory
+        wide, axes = self._widen(w)
+        axis = self._check(None, w.shape, axes)
+        columns = jnp.moveaxis(self.sign * wide, axis, 0).reshape(w.shape[axis], -1)
+        bends = _bends(columns, self._gaps(w.shape[axis], wide.dtype))
+        return Gauge("changes of slope", bends, 0.0)
+
     def on_bound(self, w: jax.Array) -> jax.Array:
         """The units with two equal slopes, up to rounding."""
         wide, axes = self._widen(w)
@@ -112,18 +122,20 @@ class ConvexSequence(_Bent):
     regression, the nearest point, within 1e-5 of the largest entry in float32 for up to some
     hundred entries, and usually within 1e-6.
 
-    The result is straight between some of its knots. For given ones it is a least squares fit,
-    by a recursion forth and back along the unit. Which ones they are finds an active-set method:
-    where the slope of the fit falls a knot goes, and in each stretch that the weights would bend
-    the knot that gains most comes (P. Groeneboom, G. Jongbloed and J. Wellner, "The support
-    reduction algorithm for computing non-parametric function estimates in mixture models",
-    Scand. J. Stat. 35, 2008, for all stretches at once). That takes some 3 to 30 fits of all
-    units at once, each ``2 n`` steps in sequence for `n` entries, and ends after ``16 + 4 n`` at
-    the latest. `violations` shows what is left. Other knots compile nothing again.
+    The result is straight between some of its knots. For given ones it is a least squares fit, by a
+    recursion forth and back along the unit. Which ones they are finds an active-set method: where
+    the slope of the fit falls a knot goes, and in each stretch that the weights would bend the knot
+    that gains most comes (P. Groeneboom, G. Jongbloed and J. Wellner, "The support reduction
+    algorithm for computing non-parametric function estimates in mixture models", Scand. J. Stat.
+    35, 2008, for all stretches at once). It ends after ``16 + 4 n`` fits of `n` entries at the
+    latest; `violations` shows what is left. Other knots compile nothing again.
 
     Slopes that are out of order by the rounding of 8 machine epsilons of the largest entry are in
     order. A unit with an entry that is not finite becomes NaN. The derivative is that of the fit
     with the knots found; at an allowed unit, the identity.
+
+    Cost:
+        Some 3 to 30 fits of all units at once, each of ``2 n`` steps in sequence for `n` entries.
 
     Args:
         axis: The one axis along which slopes are taken, or `"fan_in"` where that is one.
@@ -143,6 +155,8 @@ class ConvexSequence(_Bent):
         Array([1., 2., 3., 8.], dtype=float32)
     """
 
+    formula = "{ w : (uᵢ - uᵢ₋₁) / (tᵢ - tᵢ₋₁) ≤ (uᵢ₊₁ - uᵢ) / (tᵢ₊₁ - tᵢ) }"
+
     sign = 1
 
     axis: Axis = 0
@@ -157,7 +171,11 @@ convex_sequence = ConvexSequence
 class ConcaveSequence(_Bent):
     """Slopes between neighbouring entries of each unit do not rise.
 
-    Values of a concave, piecewise linear function: what `ConvexSequence` says of the negative.
+    ``{w : (w[i] - w[i-1]) / (t[i] - t[i-1]) >= (w[i+1] - w[i]) / (t[i+1] - t[i])}``: values of a
+    concave, piecewise linear function. What `ConvexSequence` says of the negative holds here.
+
+    Cost:
+        That of `ConvexSequence`: some 3 to 30 fits.
 
     Args:
         axis: The one axis along which slopes are taken, or `"fan_in"` where that is one.
@@ -174,6 +192,8 @@ class ConcaveSequence(_Bent):
         >>> oc.concave_sequence(knots=[0.0, 1.0, 3.0])(jnp.array([0.0, -2.0, 3.0])).round(3)
         Array([-1.286, -0.071,  2.357], dtype=float32)
     """
+
+    formula = "{ w : (uᵢ - uᵢ₋₁) / (tᵢ - tᵢ₋₁) ≥ (uᵢ₊₁ - uᵢ) / (tᵢ₊₁ - tᵢ) }"
 
     sign = -1
 

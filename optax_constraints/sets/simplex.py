@@ -21,6 +21,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
+from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, number, value
 from optax_constraints.sets._common import (
     InParts,
@@ -228,11 +229,13 @@ class Simplex(_ThresholdSet):
     mixtures. The projection ``max(unit - threshold, 0)`` is the nearest point, exact up to
     rounding, and usually sparse.
 
-    The threshold comes from Newton's method, without a sort: C. Michelot, "A finite algorithm
-    for finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory
-    Appl. 50, 1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math.
-    Program. 158, 2016. Two sums over the weights a step, for all units at once; about 7 steps
-    for random weights, about ``12 + log2(size of a unit)`` at most in float32.
+    The threshold comes from Newton's method, without a sort: C. Michelot, "A finite algorithm for
+    finding the projection of a point onto the canonical simplex of R^n", J. Optim. Theory Appl. 50,
+    1986; L. Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158, 2016.
+
+    Cost:
+        About 7 Newton steps for random weights, each two sums over the weights, for all units at
+        once. At most about ``12 + log2(size of a unit)`` steps in float32.
 
     Args:
         total: The sum of each unit, at least 0.
@@ -250,6 +253,8 @@ class Simplex(_ThresholdSet):
                [0.75, 0.75],
                [0.  , 0.  ]], dtype=float32)
     """
+
+    formula = "{ w : u ≥ 0, Σᵢ uᵢ = {total} }"
 
     convex: ClassVar[bool] = True
 
@@ -272,6 +277,11 @@ class Simplex(_ThresholdSet):
         wide, axis = self._widen(w)
         return jnp.any(wide <= 0, axis=axis, keepdims=True)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The entries."""
+        del memory
+        return Gauge("entries", w, 0.0)
+
 
 simplex = Simplex
 
@@ -284,9 +294,11 @@ class L1Ball(_ThresholdSet):
     Convex; the projection ``sign(unit) * max(|unit| - threshold, 0)`` is the nearest point,
     exact up to rounding, and usually sparse.
 
-    Costs what `Simplex` costs where a unit is outside, and one sum where none is. Method:
-    J. Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions",
-    ICML 2008, with the threshold of `Simplex`.
+    Method: J. Duchi et al., "Efficient projections onto the l1-ball for learning in high
+    dimensions", ICML 2008, with the threshold of `Simplex`.
+
+    Cost:
+        That of `Simplex` if a unit is outside, and one sum over the weights if none is.
 
     Args:
         radius: The bound, at least 0.
@@ -304,6 +316,8 @@ class L1Ball(_ThresholdSet):
                [-0.75 , -0.5  ],
                [ 0.   ,  0.125]], dtype=float32)
     """
+
+    formula = "{ w : ‖u‖₁ ≤ {radius} }"
 
     convex: ClassVar[bool] = True
 
@@ -339,6 +353,13 @@ class L1Ball(_ThresholdSet):
         wide, axis = self._widen(w)
         bound = value(self.radius, wide.dtype) * (1 - 2 * _numerics.eps(w.dtype))
         return jnp.sum(jnp.abs(wide), axis=axis, keepdims=True) >= bound
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The sums of the magnitudes of units."""
+        del memory
+        wide, axis = self._widen(w)
+        high = value(self.radius, wide.dtype)
+        return Gauge("sums of magnitudes", jnp.sum(jnp.abs(wide), axis=axis), None, high)
 
 
 l1_ball = L1Ball

@@ -1,4 +1,4 @@
-"""Sets of matrices that are told by their singular values.
+"""Sets of matrices that are defined by singular values.
 
 All compute in float32 or wider, on the matrix divided by a power of two, so that nothing
 overflows. An allowed matrix comes back bit for bit; allowed is what holds up to the rounding of
@@ -21,7 +21,8 @@ from optax_constraints import _numerics
 from optax_constraints._args import Arg
 from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
-from optax_constraints._numbers import Number, is_schedule, number, value
+from optax_constraints._gauge import Gauge
+from optax_constraints._numbers import Number, is_number, is_schedule, number, value
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import shown
 from optax_constraints.sets._common import MatrixSet, positive_part
@@ -36,18 +37,21 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 class Orthogonal(MatrixSet):
     """The columns are orthonormal, times `scale`: ``{W : W^T W = scale^2 I}``; rows if wide.
 
-    Not convex. The projection is `scale` times the polar factor of the matrix, the nearest
-    point, which is unique for a matrix of full rank. Of another one the directions that it
-    does not have are zero or completed by rounding, so that the result is finite, but not in
-    general orthogonal; zero stays zero.
+    Not convex. The projection is `scale` times the polar factor of the matrix. That is the nearest
+    point, and it is unique for a matrix of full rank. If the rank is lower, the missing directions
+    are zero, or rounding completes them: the result is finite, but need not be orthogonal. Zero
+    stays zero.
 
-    Only matrix products, and as many as the matrix needs. Near the set, where a training step
-    ends, a quintic Newton-Schulz step and a cubic one: 5 products in all, and 1 for a matrix
-    that is in the set. Elsewhere the minimax quintics of N. Amsel et al., "The Polar Express",
-    2025, arXiv:2505.16932, come first: about 9 steps of 3 products up to a condition of 1e4,
-    and beyond as many as it takes. Entries of ``W^T W / scale^2 - I`` end below 1e-6 in float32.
-    The distance to the exact polar factor is that of its conditioning: some eps times the
+    Only matrix products, and as many as the matrix needs. Near the set, a quintic Newton-Schulz
+    step and a cubic one are enough. Elsewhere the minimax quintics of N. Amsel et al., "The Polar
+    Express", 2025, arXiv:2505.16932, come first: about 9 steps of 3 products up to a condition of
+    1e4, and beyond as many as it takes. Entries of ``W^T W / scale^2 - I`` end below 1e-6 in
+    float32. The distance to the exact polar factor is that of its conditioning: some eps times the
     ratio of the largest singular value to the smallest.
+
+    Cost:
+        5 matrix products near the set, where a training step ends, and about 27 from further away.
+        1 for a matrix that is in the set.
 
     Args:
         scale: The singular values, a positive number, a JAX scalar or a schedule.
@@ -95,6 +99,18 @@ class Orthogonal(MatrixSet):
         """All matrices but those of zeros."""
         return jnp.any(self._matrices(w)[0] != 0, axis=(-2, -1))
 
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        factor = "" if is_number(self.scale, 1) else "{scale}² "
+        return f"{{ W : WᵀW = {factor}I }}, or WWᵀ = {factor}I if W is wide"
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values."""
+        gauge = super().gauge(w, memory)
+        scale = value(self.scale, gauge.values.dtype)
+        return dataclasses.replace(gauge, low=scale, high=scale)
+
 
 orthogonal = Orthogonal
 
@@ -107,22 +123,26 @@ class MaxSpectralNorm(Scaled):
     Convex. With ``method="clip"`` the projection clips the singular values and leaves those below
     the bound alone; it is the nearest point, exact up to rounding.
 
-    Whether a matrix is allowed is told for sure, by a Cholesky decomposition of
-    ``max_value^2 I - W^T W``, which exists just for those matrices: one matrix product and a
-    sixth of another. Where that fails, the eigenvectors of ``W^T W`` follow, in half of the time
-    of a singular value decomposition; that is taken only where a singular value is above 1.25
-    times the bound, as before the first step.
+    A Cholesky decomposition of ``max_value^2 I - W^T W`` decides whether a matrix is allowed, since
+    it exists only for those matrices. If it fails, the eigenvectors of ``W^T W`` follow, in half
+    the time of a singular value decomposition. A full one is needed only if a singular value is
+    above 1.25 times the bound, as may be before the first step.
 
     With ``method="scale"`` the whole matrix is multiplied by ``min(1, max_value / ||W||_2)``, as by
     spectral normalization. That is not the nearest point: all singular values go down, not only
-    those above the bound. So `tangent` and `intersection`, which are for nearest points, do not
-    take it. The largest singular value is found as for `FixedSpectralNorm`, by products with a few
-    vectors that `project` keeps in its state, and with the accuracy that is said there: after a
-    step of training it may be up to 1% above `max_value`, and is usually 0.01%.
+    those above the bound. So `tangent` and `intersection`, which need nearest points, refuse it.
+    The largest singular value is found as in `FixedSpectralNorm`, by products with a few vectors
+    that `project` keeps in its state. After a step of training it may be up to 1% above
+    `max_value`; usually it is 0.01%.
 
     It bounds the Lipschitz constant of a dense layer: H. Gouk et al., "Regularisation of
     neural networks by enforcing Lipschitz continuity", Machine Learning 110, 2021, who scale
     the matrix.
+
+    Cost:
+        One matrix product and one Cholesky factorisation while the bound holds. Where it does not,
+        half the time of a singular value decomposition, or all of it beyond 1.25 times the bound.
+        With ``method="scale"``, two products with up to 12 vectors.
 
     Args:
         max_value: The bound, a number of at least 0, a JAX scalar or a schedule.
@@ -144,6 +164,8 @@ class MaxSpectralNorm(Scaled):
         Array([[1. , 0. ],
                [0. , 0.5]], dtype=float32)
     """
+
+    formula = "{ W : σ₁(W) ≤ {max_value} }"
 
     max_value: Number = number(1.0, low=0)
     axis: Axis = None
@@ -191,6 +213,11 @@ class MaxSpectralNorm(Scaled):
             return largest_value(a) >= low
         return ~_surely_inside(a, low)
 
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values."""
+        gauge = super().gauge(w, memory)
+        return dataclasses.replace(gauge, high=value(self.max_value, gauge.values.dtype))
+
 
 max_spectral_norm = MaxSpectralNorm
 
@@ -200,12 +227,14 @@ max_spectral_norm = MaxSpectralNorm
 class NuclearNormBall(MatrixSet):
     """The sum of the singular values is at most `radius`: ``{W : ||W||_* <= radius}``.
 
-    Convex. The projection lowers all singular values by one threshold, and those below it to
-    zero, so that ranks go down; it is the nearest point, exact up to rounding. One singular
-    value decomposition on every call.
+    Convex. The projection lowers all singular values by one threshold, and those below it to zero,
+    so that ranks go down; it is the nearest point, exact up to rounding.
 
     The threshold is that of the simplex: J. Duchi et al., "Efficient projections onto the
     l1-ball for learning in high dimensions", ICML 2008.
+
+    Cost:
+        One singular value decomposition on every call.
 
     Args:
         radius: The bound, a number of at least 0, a JAX scalar or a schedule.
@@ -222,6 +251,8 @@ class NuclearNormBall(MatrixSet):
         Array([[1.5, 0. ],
                [0. , 0.5]], dtype=float32)
     """
+
+    formula = "{ W : Σᵢ σᵢ(W) ≤ {radius} }"
 
     convex = True
     radius: Number = number(1.0, low=0)
@@ -254,12 +285,15 @@ class LowRank(MatrixSet):
     point; it is unique unless the next one is as large. Smooth at the matrices of just that
     rank. Singular values below the rounding of their decomposition count as zero.
 
-    One singular value decomposition on every call. C. Eckart and G. Young, "The approximation
-    of one matrix by another of lower rank", Psychometrika 1, 1936.
+    C. Eckart and G. Young, "The approximation of one matrix by another of lower rank",
+    Psychometrika 1, 1936.
 
     Small steps in other directions are lost: a singular value that is dropped starts from zero
     again. With `straight_through` such steps add up in free weights, until they are among the
     largest.
+
+    Cost:
+        One singular value decomposition on every call.
 
     Args:
         rank: The number of singular values to keep: an integer of at least 0, a JAX scalar of an
@@ -283,6 +317,8 @@ class LowRank(MatrixSet):
         Array([[1., 0.],
                [0., 1.]], dtype=float32)
     """
+
+    formula = "{ W : rank W ≤ {rank} }"
 
     smooth = True
     rank: Number = number(low=0, whole=True)
@@ -314,6 +350,12 @@ class LowRank(MatrixSet):
         factors = _svd(a * _down(a))
         count = lax.broadcasted_iota(a.dtype, factors.s.shape, factors.s.ndim - 1)
         return b - _beyond(factors, b, count < value(self.rank, a.dtype))
+
+    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
+        """The singular values, of which only so many may be above zero."""
+        gauge = super().gauge(w, memory)
+        counts = jnp.arange(gauge.values.shape[-1]) < value(self.rank, jnp.dtype(jnp.int32))
+        return dataclasses.replace(gauge, high=jnp.where(counts, jnp.inf, 0))
 
 
 low_rank = LowRank

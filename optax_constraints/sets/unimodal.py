@@ -24,16 +24,19 @@ class Unimodal(LineSet):
     """The entries of each unit rise up to a peak, and fall behind it.
 
     ``{w : unit[0] <= ... <= unit[peak] >= ... >= unit[n - 1]}``. For a given `peak` the set is
-    convex, and the projection the nearest point, up to rounding: what is before the peak and what
-    is behind it are sorted as by `Monotone`, and cut off where what that takes away in all lifts
-    the peak as high. Without one each entry may be the peak, the set is not convex, and the
-    projection tries them all and keeps the nearest point, the first of equally near ones. Order is
-    exact, to the bit. Also known as unimodal regression (Q. Stout, "Unimodal regression via prefix
-    isotonic regression", Comput. Stat. Data Anal. 53, 2008).
+    convex, and the projection is the nearest point, up to rounding. Both sides of the peak are
+    sorted as by `Monotone`, and cut off at the height at which the sum of what is cut off raises
+    the peak to just that height. Without a `peak` each entry may be the peak, and the set is not
+    convex. The projection then tries all of them and keeps the nearest point, the first of equally
+    near ones. Order is exact, to the bit. Also known as unimodal regression (Q. Stout, "Unimodal
+    regression via prefix isotonic regression", Comput. Stat. Data Anal. 53, 2008).
 
-    Costs what `Monotone` costs, and without a peak `n` times that, one after the other, for units
-    of `n` entries of which one is not allowed. A unit with an entry that is not finite becomes NaN.
-    The derivative is that for the peak found; at an allowed unit, the identity.
+    A unit with an entry that is not finite becomes NaN. The derivative is that for the peak found;
+    at an allowed unit, the identity.
+
+    Cost:
+        That of `Monotone`, and without a peak `n` times that for units of `n` entries. The `n` fits
+        run one after the other, and only if a unit is outside.
 
     Args:
         axis: The one axis along which entries have an order, or `"fan_in"` where that is one.
@@ -125,6 +128,13 @@ class Unimodal(LineSet):
             return jnp.any(jnp.diff(w, axis=axis) == 0, axis=axis, keepdims=True)
 
         return automatic(tied, w, spec=PartitionSpec())
+
+    @property
+    def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The set in symbols."""
+        if self.peak is None:
+            return "{ w : u₁ ≤ … ≤ uₚ ≥ … ≥ uₙ for some p }"
+        return "{ w : u[0] ≤ … ≤ u[{peak}] ≥ … ≥ u[n - 1] }"
 
 
 unimodal = Unimodal
