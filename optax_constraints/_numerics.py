@@ -1,6 +1,7 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
+import importlib
 import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -11,10 +12,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-if hasattr(jax, "enable_x64"):
-    enable_x64: Any = jax.enable_x64
-else:  # before JAX 0.8
-    from jax.experimental import enable_x64
+enable_x64: Any = getattr(jax, "enable_x64", None)
+if enable_x64 is None:  # before JAX 0.8
+    enable_x64 = importlib.import_module("jax.experimental").enable_x64
 
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
