@@ -89,9 +89,10 @@ def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 
 
 def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    """The norm in float64, where no square of a float32 leaves the range; whatever JAX allows.
+    """The norm by one sum in float64, where no square of a float32 leaves the range.
 
-    GPUs have the type. Of one sum XLA makes one kernel with the optimizer, of three it does not.
+    GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of one sum
+    and the optimizer before it, but not of three.
     """
     with enable_x64(True):
         return jnp.sqrt(sum_of_squares(x.astype(jnp.float64), axis)).astype(x.dtype)
@@ -148,9 +149,9 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 
     Right from the smallest normal number to the largest, and differentiable at zero
     (with derivative 0 there). One pass over `x`: on the CPU the scaled sums, which XLA does
-    not fuse with the plain one there, are under a condition; on an accelerator, where a
-    condition can cost a round trip to the host and sibling sums share their pass, all
-    three are taken at once.
+    not fuse with the plain one there, are under a condition; on a GPU, where a condition costs
+    a round trip to the host, there is one sum, in float64; on other accelerators sibling sums
+    share their pass, and all three are taken at once.
 
     Args:
         x: Array in float32 or float64.
