@@ -84,6 +84,11 @@ bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/sets.py
 
+# Programs for accelerators, compiled without one, in environments of their own.
+bench-accelerators: .venv-cuda/.made .venv-tpu/.made
+	PYTHONPATH=. .venv-cuda/bin/python benchmarks/accelerators.py cuda
+	PYTHONPATH=. .venv-tpu/bin/python benchmarks/accelerators.py tpu
+
 mutants: .venv/.tests
 	$(BIN)/python benchmarks/mutants.py
 
@@ -102,6 +107,18 @@ mutants: .venv/.tests
 	.venv-ecosystem/bin/python -m pip install -q -e '.[ecosystem]'
 	touch $@
 
+.venv-cuda/.made:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install -q jax==0.10.2 jax-cuda12-plugin==0.10.2 \
+		jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 \
+		nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 optax flax
+	touch $@
+
+.venv-tpu/.made:
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install -q jax==0.10.2 libtpu==0.0.52 optax flax
+	touch $@
+
 .venv-floor/.tests: pyproject.toml tests/floors.txt
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install -q -e '.[tests]' -c tests/floors.txt
@@ -113,4 +130,4 @@ mutants: .venv/.tests
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-ecosystem .venv-floor .venv-newest docs/_build .compilation_cache build dist *.egg-info
+	rm -rf .venv .venv-* docs/_build docs/_generated docs/reference docs/notebooks docs/project .compilation_cache build dist *.egg-info
