@@ -288,8 +288,9 @@ def _seen(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, 
     """How far outside weights are, and of how many units how many are at their bound."""
     projected, _ = constraint.advance(weights, memory)
     at_bound = constraint.on_bound(projected)
-    counts = (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
-    return between(weights, projected), *counts
+    if at_bound is None:
+        return between(weights, projected), None, None
+    return between(weights, projected), at_bound.size, at_bound.sum()
 
 
 def rows_of(

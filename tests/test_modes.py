@@ -181,10 +181,25 @@ def test_shard_map(case: Case):
 # Without jit, and with a look at each result.
 
 
-@each_set([case for case in ALL if not isinstance(case.constraint, oc.Intersection)])
+LOOPS = {"sequence", "lattice", "unimodal", "transport", "operator", "polyhedron", "section"}
+LOOPS |= {"matrix", "order", "scaled", "intersection"}
+
+
+def family(case: Case) -> str:
+    return type(case.constraint).__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if family(case) in LOOPS else [])
+        for case in FIRST
+    ],
+    ids=str,
+)
 def test_disable_jit(case: Case):
     w, u = normal(case, 0), normal(case, 1)
-    names = ("call", "update", "on_bound", "jvp") if case in FIRST else ("call", "update")
+    names = ("call", "update") if family(case) in LOOPS else ("call", "update", "on_bound", "jvp")
     some = {name: uses(case)[name] for name in names}
     want = {name: use(w, u) for name, use in some.items() if name in ("call", "update")}
     got = {}
@@ -194,12 +209,6 @@ def test_disable_jit(case: Case):
             assert failed == {}
     for name in want:
         near(case, got[some[name]], want[name])
-
-
-@pytest.mark.slow  # two hundred rounds, one operation after the other
-def test_disable_jit_in_an_intersection():
-    (case,) = (case for case in ALL if isinstance(case.constraint, oc.Intersection))
-    test_disable_jit(case)
 
 
 # A box that is open to one side has an infinity for the other bound.
