@@ -68,7 +68,7 @@ def test_the_first_example_stands_at_the_top():
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 110
+    assert len(README.splitlines()) <= 90
 
 
 def test_commands_exist():
