@@ -21,7 +21,7 @@ VERSIONS := $(call tests,project projected memory pytrees stats straight_through
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
-.PHONY: test-newer bench mutants lint clean
+.PHONY: test-newer test-ecosystem bench bench-accelerators mutants docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
@@ -42,10 +42,10 @@ test: .venv/.tests
 	test $$tests = 0 && test $$linted = 0
 
 # What `make test` leaves out; the two together are everything.
-test-all: test-left-out test-float64 test-floor test-newest
+test-all: test-left-out test-float64 test-floor test-newest test-ecosystem
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -k "not eager or float16" $(PROMISES)
+	$(BIN)/$(PYTEST) -k "not bfloat16 and (not eager or float16)" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
 		$(filter-out $(PROMISES),$(sort $(wildcard tests/test_*.py))) optax_constraints
 
@@ -69,12 +69,25 @@ test-newest: .venv/.tests
 test-newer: .venv-newest/.tests
 	$(call quickly,.venv-newest/bin) -m "not slow" -k "not float16 and not eager" $(VERSIONS)
 
+# Inside of other libraries, which are large: see docs/ecosystem.md.
+test-ecosystem: .venv-ecosystem/.ecosystem
+	$(call quickly,.venv-ecosystem/bin) $(call tests,ecosystem)
+
 lint: .venv/.tests
 	$(LINT)
+
+# The site, in docs/_build/html: without a network once installed, and no warning passes.
+docs: .venv-docs/.docs
+	.venv-docs/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: .venv/.tests
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/sets.py
+
+# Programs for accelerators, compiled without one, in environments of their own.
+bench-accelerators: .venv-cuda/.made .venv-tpu/.made
+	PYTHONPATH=. .venv-cuda/bin/python benchmarks/accelerators.py cuda
+	PYTHONPATH=. .venv-tpu/bin/python benchmarks/accelerators.py tpu
 
 mutants: .venv/.tests
 	$(BIN)/python benchmarks/mutants.py
@@ -82,6 +95,28 @@ mutants: .venv/.tests
 .venv/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[$*]'
+	touch $@
+
+.venv-docs/.docs: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -e '.[docs]'
+	touch $@
+
+.venv-ecosystem/.ecosystem: pyproject.toml
+	test -x .venv-ecosystem/bin/python || $(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip install -q -e '.[ecosystem]'
+	touch $@
+
+.venv-cuda/.made:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install -q jax==0.10.2 jax-cuda12-plugin==0.10.2 \
+		jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 \
+		nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 optax flax
+	touch $@
+
+.venv-tpu/.made:
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install -q jax==0.10.2 libtpu==0.0.52 optax flax
 	touch $@
 
 .venv-floor/.tests: pyproject.toml tests/floors.txt
@@ -95,4 +130,4 @@ mutants: .venv/.tests
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .compilation_cache build dist *.egg-info
+	rm -rf .venv .venv-* docs/_build docs/_generated docs/reference docs/notebooks docs/project .compilation_cache build dist *.egg-info

@@ -13,10 +13,11 @@ best and connected with it.
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,40 +72,58 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("learning_rates.json"))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run ends later")
-    for field in dataclasses.fields(train_lm.Settings):
-        if isinstance(field.default, int) and field.name != "seed":
-            parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    sizes = ("batch", "context", "width", "layers", "heads")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, default=getattr(train_lm.Config, name))
     options = parser.parse_args()
-    sizes = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(train_lm.Settings)
-        if hasattr(options, field.name)
-    }
-    began, took, runs = time.perf_counter(), {}, []
+
+    def config_of(way):
+        return train_lm.Config(**WAYS[way], **{name: getattr(options, name) for name in sizes})
+
+    def run(way, rate, seed, steps):
+        config, before = config_of(way), time.perf_counter()
+        result = train_lm.train(
+            config,
+            train_lm.mesh_of("1x1", config),
+            steps=steps,
+            learning_rate=rate,
+            seed=seed,
+            log_every=math.ceil(steps / 20),
+            progress=False,
+        )
+        return {
+            "way": way,
+            "learning_rate": rate,
+            "seed": seed,
+            "seconds": time.perf_counter() - before,
+            "held_out": result.held_out,
+            "losses": result.losses,
+        }
+
+    began, runs = time.perf_counter(), []
+    train_lm.text()
+    with ThreadPoolExecutor() as pool:  # compiles all at once
+        list(pool.map(lambda way: run(way, 0.0, 0, 1), options.ways))
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    about |= {name: getattr(options, name) for name in ("steps", *sizes)}
+    took = 0.0
     # Seeds last: what is stopped early has each rate.
-    for seed in range(options.seeds):
-        for way in options.ways:
-            for rate in options.rates:
-                before = time.perf_counter()
-                expected = took.get(way, max(took.values(), default=0.0))  # the first compiles
-                if before - began + expected > 60 * options.minutes:
-                    continue
-                s = train_lm.Settings(learning_rate=rate, seed=seed, **WAYS[way], **sizes)
-                mesh, every = train_lm.mesh_of("1x1", s), math.ceil(s.steps / 20)
-                result = train_lm.train(s, mesh, log_every=every, progress=False)
-                took[way] = time.perf_counter() - before
-                run = {"way": way, "learning_rate": rate, "seed": seed, "seconds": took[way]}
-                run |= {"training": result.loss, "held_out": result.held_out}
-                print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
-                runs.append(finite(run | {"losses": result.losses}))
-                about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **sizes}
-                options.out.write_text(json.dumps({"settings": about, "runs": runs}))
+    for seed, rate, way in itertools.product(range(options.seeds), options.rates, options.ways):
+        if time.perf_counter() - began + 1.2 * took > 60 * options.minutes:
+            break
+        runs.append(finite(run(way, rate, seed, options.steps)))
+        took = max(took, runs[-1]["seconds"])
+        shown = {key: value for key, value in runs[-1].items() if key != "losses"}
+        print(json.dumps(shown), flush=True)
+        options.out.write_text(json.dumps({"settings": about, "runs": runs}))
     print(table(runs))
 
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+# Products are timed while others compile, and would be tuned for minutes.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +77,7 @@ def going_on(what: str) -> Iterator[None]:
 Lowered = Callable[[], Any]
 
 
-def compiled(programs: dict[str, Lowered], clock: Clock) -> dict[str, Any]:
+def compiled(programs: Mapping[Any, Lowered], clock: Clock) -> dict[Any, Any]:
     """Programs by name, compiled several at once; those that were not in time are left out.
 
     Args:
@@ -98,7 +100,7 @@ def compiled(programs: dict[str, Lowered], clock: Clock) -> dict[str, Any]:
     late = [name for name in programs if name not in found]
     say(f"{len(found)} programs compiled in {time.perf_counter() - start:.0f} s")
     if late:
-        say(f"not compiled, or not in time: {', '.join(late)}")
+        say(f"not compiled, or not in time: {', '.join(map(str, late))}")
     return {name: found[name] for name in programs if name in found}
 
 
@@ -483,66 +485,82 @@ def forced(function: str, branch: str) -> Iterator[None]:
         jax.clear_caches()
 
 
-BRANCHES = "cpu", "default"
+class Choice(NamedTuple):
+    """A function of the library that chooses by platform, in a program that has it."""
+
+    function: str
+    branches: tuple[str, ...]
+    program: Any
+    """A step, or a constraint of `weights`."""
+    weights: tuple[jax.Array, ...] = ()
+
+
+def choices(toy: bool) -> dict[str, Choice]:
+    """Every choice that the library makes."""
+    adam, two, three = optax.adam(1e-3), ("cpu", "default"), ("cpu", "default", "cuda")
+    found: dict[str, Choice] = {}
+
+    def chain(constraint: oc.Constraint, stats: bool = False) -> Any:
+        return optax.chain(adam, oc.project(constraint, stats=stats)), same
+
+    for name, axis in UNITS.items():
+        bound = oc.max_norm(2.0, axis=axis)
+        step = adam, lambda p, bound=bound: oc.constrain(p, bound)
+        found[f"constrain max_norm, {name}"] = Choice("_differentiable_norm", three, step)
+        found[f"chain max_norm, {name}"] = Choice("_plain_norm", ("default", "cuda"), chain(bound))
+    bound = oc.max_norm(2.0)
+    found["chain max_norm, turns"] = Choice("in_turn", two, chain(bound))
+    found["chain max_norm, stats"] = Choice("norm_of", two, chain(bound, stats=True))
+    found["chain non_neg, stats"] = Choice("norm_of", two, chain(oc.non_neg(), stats=True))
+    found["chain non_neg, stats, rows"] = Choice("row_sums", two, chain(oc.non_neg(), stats=True))
+    size = 64 if toy else 4096
+    w = jax.random.normal(jax.random.key(0), (size, size))
+    found[f"simplex, {size}"] = Choice("_apart", two, oc.simplex(), (w,))
+    quarter = w[: size // 4, : size // 4]
+    found[f"nuclear_norm_ball, {len(quarter)}"] = Choice(
+        "_svd", two, oc.nuclear_norm_ball(), (quarter,)
+    )
+    return found
 
 
 def part_3(clock: Clock, toy: bool) -> None:
-    """Both branches of each choice."""
+    """All branches of each choice."""
     steps = Steps(4, 64 if toy else 8192)
-    adam = optax.adam(1e-3)
-    size = 64 if toy else 4096
-    w = jax.random.normal(jax.random.key(0), (size, size))
-    quarter = w[: size // 4, : size // 4]
-    choices: dict[str, tuple[Any, ...]] = {
-        f"simplex, {size}: _apart": ("_apart", oc.simplex(), w),
-        f"nuclear_norm_ball, {len(quarter)}: _svd": ("_svd", oc.nuclear_norm_ball(), quarter),
-    }
-    for name, axis in UNITS.items():
-        bound = oc.max_norm(2.0, axis=axis)
-        variant = adam, lambda p, bound=bound: oc.constrain(p, bound)
-        choices[f"constrain max_norm, {name}: norm"] = "_differentiable_norm", variant
-    for what, function, constraint, stats in (
-        ("chain max_norm, columns", "in_turn", oc.max_norm(2.0), False),
-        ("chain max_norm, columns, stats", "norm_of", oc.max_norm(2.0), True),
-        ("chain non_neg, stats", "row_sums", oc.non_neg(), True),
-        ("chain non_neg, stats", "norm_of", oc.non_neg(), True),
-    ):
-        variant = optax.chain(adam, oc.project(constraint, stats=stats)), same
-        choices[f"{what}: {function}"] = function, variant
-    programs: dict[str, Lowered] = {}
-    rests: dict[str, Any] = {}
+    found = choices(toy)
+    programs: dict[Any, Lowered] = {}
+    rests: dict[Any, Any] = {}
 
-    def lower(key: str, function: str, branch: str, what: Any, *w: jax.Array) -> Any:
-        with forced(function, branch):
-            if w:
-                return jax.jit(lambda w: what(w)).lower(*w)
-            lowered, rests[key] = steps.lowered(*what)
+    def lower(name: str, branch: str) -> Any:
+        choice = found[name]
+        with forced(choice.function, branch):
+            if choice.weights:
+                return jax.jit(lambda w: choice.program(w)).lower(*choice.weights)
+            lowered, rests[name, branch] = steps.lowered(*choice.program)
             return lowered
 
-    for name, (function, what, *w) in choices.items():
-        for branch in BRANCHES:
-            key = f"{name} | {branch}"
-            programs[key] = functools.partial(lower, key, function, branch, what, *w)
+    for name, choice in found.items():
+        for branch in choice.branches:
+            programs[name, branch] = functools.partial(lower, name, branch)
     made = compiled(programs, clock)
     runs = {
         key: steps.run(program, rests[key])
         if key in rests
-        else calling(program, *choices[key.split(" | ")[0]][2:])
+        else calling(program, *found[key[0]].weights)
         for key, program in made.items()
     }
     times = in_turns(runs, clock)
     rows = []
-    for name in choices:
-        both = [f"{name} | {branch}" for branch in BRANCHES]
-        if all(key in times for key in both):
-            cpu, default = (times[key] for key in both)
-            temp = [steps.temporaries(made[key]) for key in both]
-            row = {"what": name, "as on cpu": float(np.median(cpu))}
-            row |= {"default": float(np.median(default))}
-            row |= {"ratio": float(np.median(cpu / default)), "temp": temp[0], "temp here": temp[1]}
-            rows.append(row)
+    for name, choice in found.items():
+        row: dict[str, Any] = {"what": f"{name}: {choice.function}"}
+        for branch in ("cpu", "default", "cuda"):
+            known = times.get((name, branch))
+            row[branch] = "" if known is None else float(np.median(known))
+        for branch in ("cpu", "default", "cuda"):
+            program = made.get((name, branch))
+            row[f"temp, {branch}"] = "" if program is None else steps.temporaries(program)
+        rows.append(row)
     table("choices", rows)
-    say("\nMilliseconds with each branch; ratio: above 1, the default is the faster here.")
+    say("\nMilliseconds with each branch, and temporary memory in leaves.")
 
 
 # Matrices.

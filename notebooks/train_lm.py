@@ -15,8 +15,8 @@ The same program runs on one CPU, on simulated devices, and in several processes
     python notebooks/train_lm.py --devices 8 --mesh 4x2
     python notebooks/train_lm.py --mesh 2x1 --coordinator HOST:PORT --processes 2 --process 0
 
-Each process loads the same text and feeds its own devices. A run that was stopped goes on from
-its last checkpoint when the same command is given again, and ends with the same bits.
+A run that was stopped goes on from its last checkpoint when the same command is given again,
+and ends with the same bits. `tensorboard --logdir lm` shows the losses and the constraints.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import functools
 import json
 import math
 import sysconfig
-import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,9 +45,9 @@ import optax_constraints as oc
 REGIMES = ("adamw", "ngpt", "hyperball")
 VOCABULARY = 256
 
-# Where the axes of each weight are split. Along `model` each device has some heads, hidden units
-# and bytes of its own; along `data` it keeps only a part of what all of them need. What is not
-# listed is small, and whole on each device. The layers are stacked along the first axis.
+# Where the axes of each matrix are split. Along `model` each device has some heads, hidden units
+# and bytes to itself; along `data` it keeps only a part of what all of them need, and gathers
+# the rest for the layer at hand. What is not listed is small, and whole on each device.
 PLACES = {
     "embedding": P("model", "data"),  # (vocabulary, width)
     "qkv": P(None, "data", None, "model"),  # (layers, width, 3, heads, depth)
@@ -59,20 +59,20 @@ PLACES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """All that decides what comes out, but for the order of sums on another mesh."""
+class Config:
+    """What is compiled: the regime and the sizes."""
 
     regime: str = "hyperball"
     inner: str = "muon"
-    learning_rate: float = 0.01
-    seed: int = 0
-    steps: int = 300
+    compute: str = "bfloat16"
     batch: int = 32
     context: int = 256
     width: int = 384
     layers: int = 6
     heads: int = 6
-    compute: str = "bfloat16"
+
+
+# The model. Weights are float32, and are cast where they are used.
 
 
 def rms_norm(x):
@@ -94,57 +94,58 @@ def normal(rngs, *shape, fan_in):
 
 
 class Block(nnx.Module):
-    """Attention and a network of two layers, each followed by a step of the hidden state."""
+    """Attention and two dense layers; after each the hidden state takes a step."""
 
-    def __init__(self, s: Settings, rngs: nnx.Rngs):
-        depth, hidden = s.width // s.heads, 4 * s.width
-        self.qkv = normal(rngs, s.width, 3, s.heads, depth, fan_in=s.width)
-        self.out = normal(rngs, s.heads, depth, s.width, fan_in=s.width)
-        self.up = normal(rngs, s.width, hidden, fan_in=s.width)
-        self.down = normal(rngs, hidden, s.width, fan_in=hidden)
-        self.sharpness = nnx.Param(jnp.ones(s.heads))
-        self.on_sphere = s.regime == "ngpt"
-        size = 1 / s.layers if self.on_sphere else 1 / math.sqrt(2 * s.layers)
-        self.sizes = nnx.Param(jnp.full((2, s.width), size, jnp.float32))
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        width, heads, hidden = config.width, config.heads, 4 * config.width
+        self.qkv = normal(rngs, width, 3, heads, width // heads, fan_in=width)
+        self.out = normal(rngs, heads, width // heads, width, fan_in=width)
+        self.up = normal(rngs, width, hidden, fan_in=width)
+        self.down = normal(rngs, hidden, width, fan_in=hidden)
+        self.sharpness = nnx.Param(jnp.ones(heads))
+        self.on_sphere = config.regime == "ngpt"
+        step = 1 / config.layers if self.on_sphere else 1 / math.sqrt(2 * config.layers)
+        self.steps = nnx.Param(jnp.full((2, width), step, jnp.float32))
 
-    def attend(self, x):
+    def attention(self, x):
         q, k, v = jnp.einsum("btd,dchk->cbthk", x, self.qkv[...].astype(x.dtype))
         q, k = rotate(rms_norm(q)), rotate(rms_norm(k))
         q = q * self.sharpness[...][:, None].astype(x.dtype)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(x.dtype))
 
-    def think(self, x):
+    def dense(self, x):
         return jax.nn.gelu(x @ self.up[...].astype(x.dtype)) @ self.down[...].astype(x.dtype)
 
     def __call__(self, h):
         """The hidden state (batch, time, width) one layer further."""
-        for f, size in zip((self.attend, self.think), self.sizes[...].astype(h.dtype), strict=True):
+        attention, dense = self.steps[...].astype(h.dtype)
+        for part, step in ((self.attention, attention), (self.dense, dense)):
             if self.on_sphere:
-                h = rms_norm(h + size * (rms_norm(f(h)) - h))
+                h = rms_norm(h + step * (rms_norm(part(h)) - h))
             else:
-                h = h + size * f(rms_norm(h))
+                h = h + step * part(rms_norm(h))
         return h
 
 
 class LanguageModel(nnx.Module):
-    """A transformer over bytes whose layers are stacked, and run by one compiled loop."""
+    """A transformer over bytes. Its layers are stacked, and one compiled loop runs them."""
 
-    def __init__(self, s: Settings, mesh: Mesh, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=s.layers)
+    def __init__(self, config: Config, mesh: Mesh, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=0)
         def stack(rngs):
-            return Block(s, rngs)
+            return Block(config, rngs)
 
-        self.embedding = normal(rngs, VOCABULARY, s.width, fan_in=s.width)
+        self.embedding = normal(rngs, VOCABULARY, config.width, fan_in=config.width)
         self.layers = stack(rngs)
-        self.head = normal(rngs, s.width, VOCABULARY, fan_in=s.width)
+        self.head = normal(rngs, config.width, VOCABULARY, fan_in=config.width)
         self.gain = nnx.Param(jnp.ones(VOCABULARY))
-        self.dtype = jnp.dtype(s.compute)
+        self.dtype = jnp.dtype(config.compute)
         self.rows = NamedSharding(mesh, P("data"))
 
     def __call__(self, tokens):
-        """Logits (batch, time, vocabulary) for the byte that follows each of (batch, time)."""
+        """Logits (batch, time, vocabulary) of the byte that follows each of (batch, time)."""
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def through(block, h):
@@ -158,19 +159,27 @@ class LanguageModel(nnx.Module):
         return logits.astype(jnp.float32) * self.gain[...]
 
 
+# The regimes.
+
+
 def rules_of(regime: str) -> dict[str, oc.Constraint]:
     """The sets in which the weights of a regime live."""
-    if regime == "ngpt":  # a vector as wide as the hidden state for each byte, head or hidden unit
-        from_hidden = {name: oc.unit_norm(axis=1) for name in ("qkv", "up")}
-        to_hidden = {name: oc.unit_norm(axis=-1) for name in ("embedding", "out", "down")}
+    if regime == "ngpt":  # vectors as wide as the hidden state
+        from_hidden = dict.fromkeys(("qkv", "up"), oc.unit_norm(axis=1))
+        to_hidden = dict.fromkeys(("embedding", "out", "down"), oc.unit_norm(axis=-1))
         return {**from_hidden, **to_hidden, "head": oc.unit_norm(axis=0)}
     if regime == "hyperball":
-        matrix, layers = oc.fixed_norm("init"), oc.stacked(oc.fixed_norm("init"))
-        # Each token by itself: the tangent of one norm for all of them gives tokens that a batch
-        # lacks a tiny gradient, and Adam makes it as large as any.
-        tokens = oc.fixed_norm("init", axis=-1)
-        return {"embedding": tokens, "layers/[qoud]*": layers, "head": matrix}
+        # Tokens each by itself: the tangent of one norm for all of them would give those that a
+        # batch lacks a tiny gradient, of which Adam makes a step as long as any.
+        tokens, matrix = oc.fixed_norm("init", axis=-1), oc.fixed_norm("init")
+        layers = dict.fromkeys(("qkv", "out", "up", "down"), oc.stacked(matrix))
+        return {"embedding": tokens, **layers, "head": matrix}
     return {}
+
+
+def map_by_name(function, params, *rest):
+    """Calls a function with the name of each leaf and the leaf."""
+    return jax.tree.map_with_path(lambda keys, *x: function(name_of(keys), *x), params, *rest)
 
 
 def name_of(keys) -> str:
@@ -178,122 +187,101 @@ def name_of(keys) -> str:
     return [name for name in names if isinstance(name, str) and name != "value"][-1]
 
 
-def map_by_name(function, params):
-    return jax.tree.map_with_path(lambda keys, w: function(name_of(keys), w), params)
-
-
 def are_matrices(params):
     return map_by_name(lambda name, _: name in PLACES, params)
 
 
 def relative_step() -> optax.GradientTransformation:
-    """Scales the update of each matrix to the matrix' norm, each layer by itself."""
+    """Gives the update of each matrix the norm of the matrix, layer by layer."""
 
     def scaled(u, w):
         axes = tuple(range(int(w.ndim > 2), w.ndim))
-        norm_w, norm_u = (jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (w, u))
-        return u * norm_w / jnp.maximum(norm_u, 1e-10)
+        of_u, of_w = (jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (u, w))
+        return u * of_w / jnp.maximum(of_u, 1e-10)
 
-    return optax.masked(
-        optax.stateless(lambda updates, params: jax.tree.map(scaled, updates, params)),
-        are_matrices,
-    )
+    return optax.masked(optax.stateless(lambda u, w: jax.tree.map(scaled, u, w)), are_matrices)
 
 
 def muon() -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, each layer and each of q, k, v by itself; else Adam."""
-    dimensions = {"qkv": (1, (3, 4)), "out": ((1, 2), 3), "up": (1, 2), "down": (1, 2)}
-    dimensions = {
-        name: optax.contrib.MuonDimensionNumbers(*axes) for name, axes in dimensions.items()
-    }
-    return optax.contrib.muon(
-        1.0,
-        muon_weight_dimension_numbers=lambda params: map_by_name(
-            lambda name, _: dimensions.get(name), params
-        ),
-        adam_b1=0.9,
-    )
+    """Muon for the layers, each matrix of a stack by itself; Adam for the rest."""
+    axes = {"qkv": (1, (3, 4)), "out": ((1, 2), 3), "up": (1, 2), "down": (1, 2)}
+    numbers = {name: optax.contrib.MuonDimensionNumbers(*own) for name, own in axes.items()}
+    matrices = functools.partial(map_by_name, lambda name, _: numbers.get(name))
+    return optax.contrib.muon(1.0, muon_weight_dimension_numbers=matrices)
 
 
-def optimizer(regime: str, inner: str, rate: Any) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a regime. The rate may be traced: another one compiles nothing."""
-    rules, clip = rules_of(regime), optax.clip_by_global_norm(1.0)
-    adam = optax.chain(clip, optax.scale_by_adam(b2=0.95))
-    if regime == "adamw":
-        decay = optax.add_decayed_weights(0.1, mask=are_matrices)
-        step = optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
-        return optax.chain(step, oc.project(rules, stats=True))
-    if regime == "ngpt":
-        step = optax.chain(adam, optax.scale_by_learning_rate(rate))
-        return optax.chain(step, oc.project(rules, stats=True))
-    inside = optax.chain(clip, muon()) if inner == "muon" else optax.chain(adam, optax.scale(-1.0))
-    step = optax.chain(inside, relative_step(), optax.scale(rate))
-    return oc.projected(step, rules, stats=True)
+def optimizer(config: Config, rate: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a regime. The rate may be traced, so that another one compiles nothing."""
+    rules, clip = rules_of(config.regime), optax.clip_by_global_norm(1.0)
+    adam = optax.chain(clip, optax.scale_by_adam(b2=0.95), optax.scale(-1.0))
+    if config.regime == "hyperball":
+        step = optax.chain(clip, muon()) if config.inner == "muon" else adam
+        step = optax.chain(step, relative_step(), optax.scale(rate))
+        return oc.projected(step, rules, stats=True)
+    decay = 0.1 if config.regime == "adamw" else 0.0
+    step = optax.chain(adam, optax.add_decayed_weights(-decay, are_matrices), optax.scale(rate))
+    return optax.chain(step, oc.project(rules, stats=True))
+
+
+# The training.
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a training, and where their arrays are."""
+    """What is compiled for a model on a mesh."""
 
     create: Any
+    update: Any
     step: Any
     evaluate: Any
-    outside: Any
-    update: Any
     abstract: Any
-    rules: dict[str, oc.Constraint]
+    """Shapes and places of the state of a training, into which a checkpoint is restored."""
 
 
 @functools.cache
-def programs(s: Settings, mesh: Mesh) -> Programs:
-    """What is compiled for a regime, its sizes and a mesh; seed, rate and steps are arguments."""
+def programs(config: Config, mesh: Mesh) -> Programs:
+    """Compiles nothing yet; seed and rate are arguments of what it returns."""
+    rules = rules_of(config.regime)
 
     def build(seed):
-        return LanguageModel(s, mesh, nnx.Rngs(jax.random.key(seed)))
+        return LanguageModel(config, mesh, nnx.Rngs(jax.random.key(seed)))
 
     graph, shapes = nnx.split(nnx.eval_shape(lambda: build(0)))
-    rules = rules_of(s.regime)
-    no_rate = optimizer(s.regime, s.inner, 0.0)
 
     def create(seed):
         params = oc.constrain(nnx.state(build(seed)), rules)
-        return {"params": params, "state": no_rate.init(params)}
+        return {"params": params, "state": optimizer(config, 0.0).init(params)}
 
     def loss_of(params, tokens):
         logits = nnx.merge(graph, params)(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    def update(grads, state, params, rate):
-        updates, state = optimizer(s.regime, s.inner, rate).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def update(now, grads, rate):
+        updates, state = optimizer(config, rate).update(grads, now["state"], now["params"])
+        return {"params": optax.apply_updates(now["params"], updates), "state": state}
 
     def step(now, tokens, rate):
         loss, grads = jax.value_and_grad(loss_of)(now["params"], tokens)
-        params, state = update(grads, now["state"], now["params"], rate)
-        seen = {"loss": loss, "gradient": optax.tree.norm(grads)}
-        seen["stats"] = {k: v._asdict() for k, v in oc.stats(state).items()}
-        return {"params": params, "state": state}, seen
+        new = update(now, grads, rate)
+        outside = oc.violations(new["params"], rules, state=new["state"]).values()
+        binding = {path: leaf._asdict() for path, leaf in oc.stats(new["state"]).items()}
+        numbers = {"loss": loss, "gradient": optax.tree.norm(grads), "stats": binding}
+        return new, {**numbers, "outside": functools.reduce(jnp.maximum, outside, jnp.zeros(()))}
 
-    def outside(now):
-        distances = oc.violations(now["params"], rules, state=now["state"])
-        return jnp.stack([jnp.float32(0.0), *distances.values()]).max()
-
-    def place(name, x):  # moments lie where their weights do: each is found by name and shape
+    def place(name, x):  # moments lie where their weights do, found by name and shape
         split = name in PLACES and x.shape == sizes[name]
         return NamedSharding(mesh, PLACES[name] if split else P())
 
     sizes = {name_of(keys): w.shape for keys, w in jax.tree.leaves_with_path(shapes)}
     abstract, whole = jax.eval_shape(create, 0), NamedSharding(mesh, P())
-    now = map_by_name(place, abstract)
+    places = map_by_name(place, abstract)
     return Programs(
-        create=jax.jit(create, out_shardings=now),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(now, whole)),
+        create=jax.jit(create, out_shardings=places),
+        update=jax.jit(update, out_shardings=places),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
         evaluate=jax.jit(loss_of, out_shardings=whole),
-        outside=jax.jit(outside, out_shardings=whole),
-        update=jax.jit(update, out_shardings=(now["params"], now["state"])),
         abstract=jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, now
+            lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), abstract, places
         ),
-        rules=rules,
     )
 
 
@@ -309,49 +297,27 @@ def text() -> tuple[np.ndarray, np.ndarray]:
     return train, held_out
 
 
-def rows(data: np.ndarray, starts: np.ndarray, s: Settings, mesh: Mesh) -> jax.Array:
-    """Rows of a text, split along `data`. Each process gives its devices their part."""
-    tokens = data[starts[:, None] + np.arange(s.context + 1)].astype(np.int32)
+def rows(data: np.ndarray, starts: np.ndarray, config: Config, mesh: Mesh) -> jax.Array:
+    """Rows of a text, split along `data`. Each process feeds its own devices."""
+    tokens = data[starts[:, None] + np.arange(config.context + 1)].astype(np.int32)
     place = NamedSharding(mesh, P("data"))
     return jax.make_array_from_callback(tokens.shape, place, lambda index: tokens[index])
 
 
-def batch_of(step: int, s: Settings, mesh: Mesh) -> jax.Array:
-    """What a step learns: its number and the seed decide, so that a resumed run sees the same."""
-    starts = np.random.default_rng((s.seed, step)).integers(
-        len(text()[0]) - s.context, size=s.batch
-    )
-    return rows(text()[0], starts, s, mesh)
-
-
-def held_out_loss(params: Any, s: Settings, mesh: Mesh) -> float:
-    """The loss on 8 batches that cover the held-out text evenly."""
-    starts = np.linspace(0, len(text()[1]) - s.context - 1, 8 * s.batch).astype(int).reshape(8, -1)
-    evaluate = programs_of(s, mesh).evaluate
-    return float(np.mean([evaluate(params, rows(text()[1], own, s, mesh)) for own in starts]))
-
-
-def rate_at(step: int, s: Settings) -> float:
-    """Up in a tenth of the steps, then down to zero."""
-    warmup = math.ceil(0.1 * s.steps)
-    return s.learning_rate * min((step + 1) / warmup, (s.steps - step) / max(s.steps - warmup, 1))
-
-
 class Log:
-    """Numbers of a run, as JSON lines and for TensorBoard. One process writes."""
+    """Numbers of a run, as JSON lines and for TensorBoard."""
 
     def __init__(self, directory: Path, start: int, tensorboard: bool):
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "log.jsonl"
         # What a stopped run wrote after its last checkpoint happens again.
-        lines = path.read_text().splitlines() if start else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
+        lines = path.read_text().splitlines(keepends=True) if start else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
         self.file, self.writer = path.open("a", buffering=1), None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.writer = SummaryWriter(str(directory), purge_step=start + 1)
+            name = f".from{start}"
+            self.writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=name)
 
     def __call__(self, step: int, record: dict[str, Any]):
         print(json.dumps({"step": step, **record}), file=self.file)
@@ -366,166 +332,141 @@ class Log:
             self.writer.close()
 
 
-class Checkpoints:
-    """The newest states of a run, each device's part written by its own process."""
-
-    def __init__(self, directory: Path, s: Settings, every: int):
-        import orbax.checkpoint as ocp
-
-        self.args, told = ocp.args, directory / "settings.json"
-        own = {**dataclasses.asdict(s), "text": zlib.crc32(text()[0])}
-        theirs = json.loads(told.read_text()) if told.exists() else own
-        if other := sorted(key for key in own if own[key] != theirs.get(key)):
-            raise ValueError(
-                f"{directory} holds a run with "
-                + ", ".join(f"{key}={theirs.get(key)!r} (now {own[key]!r})" for key in other)
-                + "; give the same settings to go on with it, or another --directory."
-            )
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
-        self.manager = ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
-        if jax.process_index() == 0:
-            told.write_text(json.dumps(own))
-
-    def restore(self, abstract: Any) -> tuple[int, Any]:
-        """The number of steps done and the state after them; 0 and None at the beginning."""
-        latest = self.manager.latest_step()
-        if latest is None:
-            return 0, None
-        return latest, self.manager.restore(latest, args=self.args.StandardRestore(abstract))
-
-    def save(self, done: int, now: Any, last: bool):
-        self.manager.save(done, args=self.args.StandardSave(now), force=last)
-
-    def close(self):
-        self.manager.close()
-
-
-def programs_of(s: Settings, mesh: Mesh) -> Programs:
-    return programs(dataclasses.replace(s, seed=0, learning_rate=0.0, steps=0), mesh)
+def checkpoints_of(directory: Path, settings: dict[str, Any], every: int) -> Any:
+    """The newest states of a run. Each process writes what its devices hold."""
+    known = directory / "settings.json"
+    if known.exists() and (theirs := json.loads(known.read_text())) != settings:
+        raise SystemExit(
+            f"{directory} holds a run with {theirs}, not {settings}: give the same settings to go "
+            "on with it, or another --directory."
+        )
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
+    manager = ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
+    if jax.process_index() == 0:
+        known.write_text(json.dumps(settings))
+    return manager
 
 
 class Result(NamedTuple):
-    """What a training ends with."""
+    """What a training ends with; losses are nats a byte."""
 
-    loss: float
-    """Mean of the last tenth of the training losses, in nats a byte."""
-    held_out: float
     losses: dict[int, float]
+    """By step, of the batches that were logged."""
+    held_out: float
     now: Any
 
 
 def train(
-    s: Settings,
+    config: Config,
     mesh: Mesh,
-    directory: Path | None = None,
     *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    directory: Path | None = None,
     log_every: int = 10,
     checkpoint_every: int = 100,
     tensorboard: bool = True,
     progress: bool = True,
 ) -> Result:
-    """Trains, with checkpoints and a log if there is a directory for them."""
-    program, first, checkpoints, log = programs_of(s, mesh), jax.process_index() == 0, None, None
-    start, now = 0, None
+    """Trains a model; with a directory, goes on from the last checkpoint there, and logs."""
+    program, data, first = programs(config, mesh), text(), jax.process_index() == 0
+    start, now, checkpoints, log = 0, None, None, None
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(directory, s, checkpoint_every)
-        start, now = checkpoints.restore(program.abstract)
+        run = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+        settings = {**dataclasses.asdict(config), **run, "text": zlib.crc32(data[0].tobytes())}
+        checkpoints = checkpoints_of(directory, settings, checkpoint_every)
+        if latest := checkpoints.latest_step():
+            start, like = latest, ocp.args.StandardRestore(program.abstract)
+            now = checkpoints.restore(start, args=like)
         log = Log(directory, start, tensorboard) if first else None
-    now = program.create(s.seed) if now is None else now
-    losses, before = {}, time.perf_counter()
-    shown = {"desc": s.regime, "unit": "step", "disable": not (progress and first)}
-    with tqdm(total=s.steps, initial=start, **shown) as bar:
-        for done in range(start + 1, s.steps + 1):
-            rate = rate_at(done - 1, s)
-            now, seen = program.step(now, batch_of(done - 1, s, mesh), rate)
-            if done % log_every == 0 or done == s.steps:
-                outside = program.outside(now)  # by all processes: it sums over their devices
-                seen = jax.tree.map(lambda x: x.item(), jax.device_get(seen))
-                losses[done] = seen["loss"]
-                seconds = (time.perf_counter() - before) / (done - start)
+    now = program.create(seed) if now is None else now
+
+    losses, warmup = {}, math.ceil(0.1 * steps)
+    shown = {"desc": config.regime, "unit": "step", "disable": not (progress and first)}
+    with tqdm(total=steps, initial=start, **shown) as bar:
+        for done in range(start + 1, steps + 1):
+            # The number of a step decides its batch and its rate, also in a run that goes on.
+            at = np.random.default_rng((seed, done)).integers(
+                len(data[0]) - config.context, size=config.batch
+            )
+            rate = learning_rate * min(done / warmup, (steps + 1 - done) / (steps + 1 - warmup))
+            now, numbers = program.step(now, rows(data[0], at, config, mesh), rate)
+            if done % log_every == 0 or done == steps:
+                numbers = jax.tree.map(lambda x: x.item(), jax.device_get(numbers))
+                losses[done] = numbers["loss"]
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
                 if log is not None:
-                    extra = {"rate": rate, "outside": outside.item(), "seconds": seconds}
-                    log(done, seen | extra)
-                bar.set_postfix(loss=f"{seen['loss']:.4f}", refresh=False)
+                    log(done, {**numbers, "rate": rate})
             bar.update()
             if checkpoints is not None:
-                checkpoints.save(done, now, last=done == s.steps)
-    held_out = held_out_loss(now["params"], s, mesh)
+                checkpoints.save(done, args=ocp.args.StandardSave(now), force=done == steps)
+    last = len(data[1]) - config.context - 1
+    at = np.linspace(0, last, 8 * config.batch).astype(int).reshape(8, -1)
+    held_out = [program.evaluate(now["params"], rows(data[1], own, config, mesh)) for own in at]
     for opened in (checkpoints, log):
         if opened is not None:
             opened.close()
-    tail = [loss for done, loss in losses.items() if done > 0.9 * s.steps]
-    return Result(float(np.mean(tail)) if tail else math.nan, held_out, losses, now)
+    return Result(losses, float(np.mean(held_out)), now)
 
 
-def mesh_of(shape: str, s: Settings) -> Mesh:
+def mesh_of(shape: str | None, config: Config) -> Mesh:
     """The mesh `data` x `model`, written as 4x2."""
     data, model = map(int, shape.split("x")) if shape else (jax.device_count(), 1)
     if data * model != jax.device_count():
-        raise SystemExit(f"--mesh {data}x{model} does not use all of {jax.device_count()} devices.")
-    for axis, parts, sizes in (
-        ("data", data, {"batch": s.batch, "width": s.width}),
-        ("model", model, {"heads": s.heads, "vocabulary": VOCABULARY}),
-    ):
-        for name, size in sizes.items():
-            if size % parts:
-                raise SystemExit(f"{name} {size} does not split into {parts} parts of {axis}.")
+        raise SystemExit(f"--mesh {data}x{model} is not all of the {jax.device_count()} devices.")
+    splits = {"batch": data, "width": data, "heads": model}
+    for name, parts in splits.items():
+        if (size := getattr(config, name)) % parts:
+            raise SystemExit(f"--mesh {data}x{model} cannot split --{name} {size} by {parts}.")
     kinds = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh((data, model), ("data", "model"), axis_types=kinds)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument("--inner", choices=("adam", "muon"), default="muon", help="of hyperball")
     parser.add_argument("--compute", choices=("bfloat16", "float32"), default="bfloat16")
-    for field in dataclasses.fields(Settings):
-        if isinstance(field.default, (int, float)):
-            flag = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(flag, type=type(field.default), default=field.default)
-    parser.add_argument(
-        "--mesh", help="data x model, such as 4x2; all devices along data if absent"
-    )
+    sizes = ("batch", "context", "width", "layers", "heads")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mesh", help="data x model, such as 4x2; all along data if left out")
     parser.add_argument("--devices", type=int, help="simulate so many devices on the CPU")
-    parser.add_argument("--coordinator", help="HOST:PORT of process 0, or 'auto' on a cluster")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, or auto on a cluster")
     parser.add_argument("--processes", type=int, help="how many processes there are")
     parser.add_argument("--process", type=int, help="which of them this is, from 0")
-    parser.add_argument("--directory", type=Path, default=Path("lm"), help="for logs, checkpoints")
+    parser.add_argument("--directory", type=Path, default=Path("lm"), help="of logs, checkpoints")
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
-    if options.devices:
+    args = parser.parse_args()
+    if args.devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.devices)
-    if options.coordinator == "auto":  # Slurm, Kubernetes and TPUs say the rest themselves
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.coordinator == "auto":  # Slurm, Kubernetes and TPUs say the rest themselves
         jax.distributed.initialize()
-    elif options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    elif args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
 
-    names = [field.name for field in dataclasses.fields(Settings) if field.name != "regime"]
-    given = {name: getattr(options, name) for name in names}
-    lines, reports = [], []
-    for regime in options.regime:
-        s = Settings(regime=regime, **given)
-        mesh = mesh_of(options.mesh, s)
-        result = train(
-            s,
-            mesh,
-            options.directory / regime,
-            log_every=options.log_every,
-            checkpoint_every=options.checkpoint_every,
-            tensorboard=options.tensorboard,
-        )
-        lines.append(f"{regime:10} {result.loss:10.4f} {result.held_out:10.4f}")
-        now, rules = result.now, programs_of(s, mesh).rules
-        reports.append(f"{regime}:\n{oc.report(now['params'], rules, state=now['state'])}")
+    numbers = ("steps", "learning_rate", "seed", "log_every", "checkpoint_every", "tensorboard")
+    lines, reports = ["regime     last batches   held out   (nats a byte)"], []
+    for regime in args.regime:
+        names = ("inner", "compute", *sizes)
+        config = Config(regime, **{name: getattr(args, name) for name in names})
+        given = {name: getattr(args, name) for name in numbers}
+        mesh, directory = mesh_of(args.mesh, config), args.directory / regime
+        losses, held_out, now = train(config, mesh, directory=directory, **given)
+        last = np.mean(list(losses.values())[-3:]) if losses else math.nan
+        lines.append(f"{regime:10} {last:12.4f} {held_out:10.4f}")
+        report = oc.report(now["params"], rules_of(regime), state=now["state"])
+        reports.append(f"{regime}:\n{report}")
     if jax.process_index() == 0:
-        size = sum(w.size for w in jax.tree.leaves(now["params"]))
-        print(f"\n{size:,} parameters, {mesh.shape['data']}x{mesh.shape['model']} devices")
-        print("\n".join(["regime       training   held out  (nats a byte)", *lines]))
-        print("\n" + "\n\n".join(reports))
+        print("\n".join(lines), *reports, sep="\n\n")
 
 
 if __name__ == "__main__":

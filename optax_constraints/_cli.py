@@ -334,7 +334,7 @@ def _bytes_to_read(bound: Bindings) -> int:
 def _measure(visits: Iterator[Visit], total: int, tolerance: float) -> Iterator[_Found]:
     with _progress(total) as advance:
         for visit in visits:
-            rows = rows_of(visit, _compiled, tolerance=tolerance, histograms=False)
+            rows = rows_of(visit, _compiled, tolerance=tolerance, frugal=True)
             allowed = None
             if visit.constraint is not None:
                 arrays = jax.tree.leaves(visit.weights)

@@ -1,6 +1,7 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
+import importlib
 import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+
+enable_x64: Any = getattr(jax, "enable_x64", None)
+if enable_x64 is None:  # before JAX 0.8
+    enable_x64 = importlib.import_module("jax.experimental").enable_x64
 
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -38,7 +43,9 @@ def sum_of_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=axis, keepdims=True)
 
 
-def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+def _three_range_norm(
+    x: jax.Array, axis: tuple[int, ...] | None, squares: jax.Array | None = None
+) -> jax.Array:
     """The norm where the sum of squares left its safe range, by sums over scaled entries.
 
     J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
@@ -46,7 +53,7 @@ def _three_range_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | 
     """
     down, up = _scales(x.dtype)
     huge, tiny = (sum_of_squares(x * scale, axis) for scale in (down, up))
-    return norm_by_sums(squares, huge, tiny)
+    return norm_by_sums(sum_of_squares(x, axis) if squares is None else squares, huge, tiny)
 
 
 def _scales(dtype: jnp.dtype) -> tuple[float, float]:
@@ -69,15 +76,26 @@ def _left_its_range(squares: jax.Array) -> jax.Array:
     return (squares == jnp.inf) | _may_have_underflowed(squares)
 
 
-def _fallback_norm(x: jax.Array, squares: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The same, with the scaled sums taken only when there is a unit that needs them."""
+    squares = sum_of_squares(x, axis)
     return lax.cond(
         jnp.any(_left_its_range(squares)),
-        functools.partial(_three_range_norm, axis=axis),
+        lambda x, squares: _three_range_norm(x, axis, squares),
         lambda x, squares: jnp.sqrt(squares),
         x,
         squares,
     )
+
+
+def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    """The norm by one sum in float64, where no square of a float32 leaves the range.
+
+    GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of one sum
+    and the optimizer before it, but not of three.
+    """
+    with enable_x64(True):
+        return jnp.sqrt(sum_of_squares(x.astype(jnp.float64), axis)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -86,10 +104,11 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     if all(x.shape[a] == 1 for a in axes):
         # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
         return jnp.abs(x)
+    wide = x.dtype == jnp.float64
     return lax.platform_dependent(
         x,
-        sum_of_squares(x, axis),
         cpu=functools.partial(_fallback_norm, axis=axis),
+        cuda=functools.partial(_three_range_norm if wide else _wide_norm, axis=axis),
         default=functools.partial(_three_range_norm, axis=axis),
     )
 
@@ -123,9 +142,9 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 
     Right from the smallest normal number to the largest, and differentiable at zero
     (with derivative 0 there). One pass over `x`: on the CPU the scaled sums, which XLA does
-    not fuse with the plain one there, are under a condition; on an accelerator, where a
-    condition can cost a round trip to the host and sibling sums share their pass, all
-    three are taken at once.
+    not fuse with the plain one there, are under a condition; on a GPU, where a condition costs
+    a round trip to the host, there is one sum, in float64; on other accelerators sibling sums
+    share their pass, and all three are taken at once.
 
     Args:
         x: Array in float32 or float64.

@@ -1,4 +1,4 @@
-"""What this library uses of JAX, Optax and Flax beyond their public names.
+"""What this library uses of JAX, Optax, Flax and Keras beyond what they document.
 
 Their next releases may change any of it without a word. `tests/test_private.py` has a check for
 each entry of `PRIVATE`, which says what has changed and which files have to follow, and it
@@ -180,6 +180,13 @@ PRIVATE = (
         "flax.nnx.GRUCell.dense_h",
         ("flax/nnx.py",),
         "The layers for the hidden state are hi, hf, hg and ho, or dense_h.",
+    ),
+    # Keras.
+    Private(
+        "keras.Variable.constraint",
+        ("keras.py",),
+        "A property, by whose setter `Layer.add_weight` gives a new variable its constraint; "
+        "optimizers call what the variable holds with the variable.",
     ),
 )
 

@@ -284,12 +284,14 @@ def allowance(
     return tolerance * eps * math.hypot(*(float(run(_norm, w)) for w in arrays))
 
 
-def _seen(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
-    """How far outside weights are, and of how many units how many are at their bound."""
-    projected, _ = constraint.advance(weights, memory)
+def _units(constraint: Constraint, projected: Any) -> tuple[Any, Any]:
+    """How many units there are, and how many of them are at their bound."""
     at_bound = constraint.on_bound(projected)
-    counts = (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
-    return between(weights, projected), *counts
+    return (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
+
+
+def _units_of(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
+    return _units(constraint, constraint.advance(weights, memory)[0])
 
 
 def rows_of(
@@ -297,7 +299,7 @@ def rows_of(
     run: Callable[..., Any] = _run,
     *,
     tolerance: float = 16.0,
-    histograms: bool = True,
+    frugal: bool = False,
 ) -> list[Row]:
     """A row for each array of a leaf or group; the first says what holds for all.
 
@@ -305,7 +307,8 @@ def rows_of(
         visit: The leaf or group.
         run: Calls a function with arguments; it may compile it.
         tolerance: As for `assert_feasible`.
-        histograms: Whether rows say where each unit stands.
+        frugal: Whether to hold fewer arrays at once: each leaf is projected twice, and rows do
+            not say where each unit stands.
 
     Returns:
         The rows.
@@ -324,7 +327,12 @@ def rows_of(
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    distances, units, at_bound = run(_seen, constraint, weights, memory)
+    if frugal:
+        distances = run(distance, weights, constraint, memory)
+        units, at_bound = run(_units_of, constraint, weights, memory)
+    else:
+        projected, _ = constraint.advance(weights, memory)
+        distances, (units, at_bound) = between(weights, projected), _units(constraint, projected)
     away = _read("report", bound, distances)
     allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
@@ -341,7 +349,7 @@ def rows_of(
         axis=getattr(own, "axis", None),
         units=None if units is None else int(units),
         at_bound=None if at_bound is None else int(at_bound),
-        histogram=_histogram(constraint, weights, memory, inside) if histograms else None,
+        histogram=None if frugal else _histogram(constraint, weights, memory, inside),
     )
     return rows
 

@@ -231,8 +231,15 @@ def _nearest(tree: Any, path: str, statistic: str) -> jax.Array:
     )
 
 
+_NAMES = ("out", "proj", "out_proj", "o_proj", "c_proj", "wo", "down", "down_proj", "fc2", "w2")
+_WRITERS = [pattern for name in _NAMES for pattern in (name, f"{name}/*")]
+
+
 def ngpt_rules(
-    params: Any, writes: "Pattern | Sequence[Pattern]", *, layout: Layout | None = None
+    params: Any,
+    writes: "Pattern | Sequence[Pattern] | None" = None,
+    *,
+    layout: Layout | None = None,
 ) -> dict[str, Constraint]:
     """Rules for a transformer on the sphere: unit norm along the residual stream, matrix by matrix.
 
@@ -245,7 +252,9 @@ def ngpt_rules(
     Args:
         params: The parameters, or an Equinox or NNX module.
         writes: A pattern, or several, of what writes to the stream: the last projections of
-            attention and of the MLP. Neither shapes nor names tell them for sure.
+            attention and of the MLP. By default what is called `out`, `proj`, `out_proj`,
+            `o_proj`, `c_proj`, `wo`, `down`, `down_proj`, `fc2` or `w2`. Look at the rules then:
+            a square matrix of another name counts as one that reads.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf, for layers that
             name and rank do not tell, and for scanned ones.
 
@@ -253,8 +262,8 @@ def ngpt_rules(
         For the anchored path of each matrix its rule.
 
     Raises:
-        ValueError: If a pattern matches no leaf, the fan-in of a matrix cannot be told, or units
-            differ in length.
+        ValueError: If a pattern, or every name above, matches no leaf, the fan-in of a matrix
+            cannot be told, or units differ in length.
 
     Example:
         >>> import jax.numpy as jnp
@@ -268,11 +277,18 @@ def ngpt_rules(
         (16,) 1.0
     """
     several: Any = writes if isinstance(writes, (list, tuple)) else [writes]
-    patterns = parse([(pattern, None) for pattern in several])
+    patterns = parse([(pattern, None) for pattern in (_WRITERS if writes is None else several)])
     leaves = [(path, leaf, layout_of(layout, path)) for path, leaf in leaves_by_path(params)]
-    for rule in patterns:
-        if not any(rule.matches(*leaf) for leaf in leaves):
-            raise ValueError(f"ngpt_rules: {unmatched(rule, [p for p, *_ in leaves], set())}")
+    idle = [rule for rule in patterns if not any(rule.matches(*leaf) for leaf in leaves)]
+    if idle and writes is not None:
+        raise ValueError(f"ngpt_rules: {unmatched(idle[0], [p for p, *_ in leaves], set())}")
+    if len(idle) == len(patterns):
+        found = ", ".join(repr(path) for path, *_ in leaves[:10]) or "none"
+        raise ValueError(
+            "ngpt_rules: none of the usual names of what writes to the residual stream is here: "
+            f"{', '.join(_NAMES)}. The leaves are {found}. Name in writes= what writes to the "
+            'stream, such as writes=["attention/last/kernel"].'
+        )
     rules: dict[str, Constraint] = {}
     lengths: dict[str, int] = {}
     for path, leaf, own in leaves:

@@ -188,7 +188,8 @@ def test_parameters_beside_an_optimizer(check, tmp_path):
     refused(check(tmp_path / "both", "--prefix", "model"), "no 'model'; the keys are 'opt_state'")
     save_standard(tmp_path / "alone", {"params": params})
     refused(check(tmp_path / "alone", rules=rules), "Save the optimizer's state beside")
-    everything = check(tmp_path / "both", "--prefix", "")[1]
+    kernels = write_rules(tmp_path / "kernels.json", {"/params/kernel": oc.max_norm(9.0)})
+    everything = check(tmp_path / "both", "--prefix", "", rules=kernels)[1]
     assert "opt_state/0/0/mu/kernel" in everything
 
 

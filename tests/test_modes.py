@@ -33,13 +33,16 @@ ALL = [*ALL, relative(oc.Compose(oc.non_neg(), oc.fixed_norm("init")), None, 1, 
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
 
 
+FIRST = list({type(case.constraint).__module__: case for case in reversed(ALL)}.values())
+"""A case of each family of sets."""
+
+
 def each_set(cases: list[Case]) -> pytest.MarkDecorator:
     """A case of each family of sets in `make test`, and the others in `make test-all`.
 
     Outside of jit each operation is compiled by itself, for each shape.
     """
-    first = {type(case.constraint).__module__: case for case in reversed(ALL)}.values()
-    marked = [c if c in first else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+    marked = [c if c in FIRST else pytest.param(c, marks=pytest.mark.slow) for c in cases]
     return pytest.mark.parametrize("case", marked, ids=str)
 
 
@@ -178,10 +181,26 @@ def test_shard_map(case: Case):
 # Without jit, and with a look at each result.
 
 
-@each_set([case for case in ALL if not isinstance(case.constraint, oc.Intersection)])
+LOOPS = {"sequence", "lattice", "unimodal", "transport", "operator", "polyhedron", "section"}
+LOOPS |= {"matrix", "order", "scaled", "intersection"}
+
+
+def family(case: Case) -> str:
+    return type(case.constraint).__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if family(case) in LOOPS else [])
+        for case in FIRST
+    ],
+    ids=str,
+)
 def test_disable_jit(case: Case):
     w, u = normal(case, 0), normal(case, 1)
-    some = {name: uses(case)[name] for name in ("call", "update", "on_bound", "jvp")}
+    names = ("call", "update") if family(case) in LOOPS else ("call", "update", "on_bound", "jvp")
+    some = {name: uses(case)[name] for name in names}
     want = {name: use(w, u) for name, use in some.items() if name in ("call", "update")}
     got = {}
     with jax.disable_jit():
@@ -190,12 +209,6 @@ def test_disable_jit(case: Case):
             assert failed == {}
     for name in want:
         near(case, got[some[name]], want[name])
-
-
-@pytest.mark.slow  # two hundred rounds, one operation after the other
-def test_disable_jit_in_an_intersection():
-    (case,) = (case for case in ALL if isinstance(case.constraint, oc.Intersection))
-    test_disable_jit(case)
 
 
 # A box that is open to one side has an infinity for the other bound.
@@ -207,6 +220,8 @@ def looked_at(case: Case) -> dict[str, dict[str, str]]:
     rules = {"w": case.constraint}
     tx = oc.project(rules)
     some["report"] = lambda w, u: oc.report({"w": w}, rules, state=tx.init({"w": w}))
+    if case not in FIRST:  # others of its family are asked for the rest
+        some = {name: some[name] for name in ("update", "grad of update", "report")}
     weights = {"outside": normal(case, 0), "inside": allowed(case)}
     u = normal(case, 1)
     return {

@@ -350,11 +350,7 @@ def test_norms_are_taken_in_float32_or_wider():
         assert _numerics.compute_dtype(dtype) == jnp.dtype(want)
 
 
-def _on_accelerators(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return _numerics._three_range_norm(x, _numerics.sum_of_squares(x, axis), axis)
-
-
-NORMS = [_numerics.norm, _on_accelerators]
+NORMS = [_numerics.norm, _numerics._three_range_norm, _numerics._wide_norm]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -396,6 +392,23 @@ def test_norm_takes_one_branch_only_when_needed():
     # the scaled ones are under a condition.
     text = jax.jit(lambda w: _numerics.norm(w, (0,))).lower(weights()).compile().as_text()
     assert "conditional" in str(text)
+
+
+def test_norm_takes_one_sum_on_a_gpu():
+    # In float64, also where that is built from float32 alone: in a batch, and for a derivative.
+    def one(w):
+        return _numerics.norm(w, (0,))
+
+    def derivative(w):
+        return jax.jvp(one, (w,), (w,))[1]
+
+    w = weights()
+    for function in (one, derivative, jax.vmap(one, in_axes=1), jax.checkpoint(one)):
+        traced = jax.jit(function).trace(w)
+        cuda, tpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu"))
+        assert "f64" in cuda
+        assert "f64" not in tpu
+        assert cuda.count("stablehlo.reduce(") == tpu.count("stablehlo.reduce(") - 2
 
 
 # Elementwise sets: exact after apply_updates.

@@ -4,15 +4,19 @@ import ast
 import dataclasses
 import functools
 import importlib
+import os
 import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ["KERAS_BACKEND"] = "jax"
+
 import flax.core
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import optax
 import pytest
@@ -35,7 +39,7 @@ PUBLIC = {
     *("jax.random", "jax.scipy", "jax.scipy.linalg", "jax.sharding", "jax.tree"),
     *("jax.tree_util", "jax.typing", "optax", "optax.tree"),
     *("flax", "flax.linen", "flax.nnx", "flax.nnx.bridge", "flax.struct"),
-    "flax.training.train_state",
+    *("flax.training.train_state", "keras", "keras.config", "keras.saving"),
 }
 
 
@@ -74,7 +78,7 @@ def names(file: str) -> set[str]:
 
 @functools.cache
 def dotted(file: str) -> set[str]:
-    """The full names of what a file takes from JAX, Optax and Flax."""
+    """The full names of what a file takes from JAX, Optax, Flax and Keras."""
     origins: dict[str, str] = {}
     for node in nodes(file):
         match node:
@@ -88,7 +92,7 @@ def dotted(file: str) -> set[str]:
     origins = {
         name: origin
         for name, origin in origins.items()
-        if origin.partition(".")[0] in ("jax", "optax", "flax")
+        if origin.partition(".")[0] in ("jax", "optax", "flax", "keras")
     }
     found = set(origins.values())
     for node in nodes(file):
@@ -197,7 +201,9 @@ def run(entry: Private, check: Callable[[], None]) -> None:
     try:
         check()
     except Exception as error:
-        versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "optax", "flax"))
+        versions = ", ".join(
+            f"{name} {version(name)}" for name in ("jax", "optax", "flax", "keras")
+        )
         files = ", ".join(f"optax_constraints/{file}" for file in entry.files)
         raise AssertionError(
             f"{entry.name} is not what it was, in {versions}. {files} has to follow, and relies on "
@@ -695,3 +701,22 @@ def _() -> None:
         hidden = {name for name, size in ins.items() if size == 3}
         assert hidden == set(ins) & set(_HIDDEN_TO_HIDDEN), cls.__name__
         assert set(ins.values()) == {2, 3}, cls.__name__
+
+
+@keeps("keras.Variable.constraint")
+def _() -> None:
+    held: Any = keras.Variable.constraint
+    assert held.fget is not None
+    assert held.fset is not None
+    seen = []
+
+    def look(w):
+        seen.append(w)
+        return w
+
+    layer: Any = keras.layers.Dense(2, kernel_constraint=look)
+    layer.build((None, 3))
+    assert layer.kernel.constraint is look
+    keras.optimizers.SGD(0.1).apply([jnp.ones((3, 2))], [layer.kernel])
+    assert len(seen) == 1
+    assert seen[0] is layer.kernel

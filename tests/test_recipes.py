@@ -165,6 +165,19 @@ def test_ngpt_rules_of_scanned_layers():
         np.testing.assert_allclose(norms, 1, rtol=1e-6)
 
 
+def test_ngpt_rules_know_the_usual_names():
+    params = {
+        "embed": {"embedding": np.ones((9, 4))},
+        "attention": {name: {"kernel": np.ones((4, 4))} for name in ("query", "out")},
+        "mlp": {"up": {"kernel": np.ones((4, 8))}, "down": {"kernel": np.ones((8, 4))}},
+    }
+    named = recipes.ngpt_rules(params, ["out/kernel", "down/kernel"])
+    assert recipes.ngpt_rules(params) == named
+    message = r"none of the usual names .*out, proj.*'mlp/a/kernel'\. Name in writes= .*writes=\["
+    with pytest.raises(ValueError, match=message):
+        recipes.ngpt_rules({"mlp": {"a": {"kernel": np.ones((4, 8))}}})
+
+
 def test_ngpt_rules_refuses():
     params = {
         "embed": {"embedding": jnp.ones((7, 4))},
