@@ -14,10 +14,10 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics feasible)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral)
-# What may come out otherwise with other versions of JAX, Optax and Flax.
-VERSIONS := $(call tests,project projected memory pytrees stats straight_through tangent \
-	wrappers composition resume private package first_steps layout flax_linen flax_nnx flax_bridge \
-	flax_signatures)
+# What may come out otherwise with other versions of JAX, Optax and Flax; and with older ones.
+VERSIONS := $(call tests,project memory wrappers composition resume private package layout \
+	flax_linen flax_nnx flax_bridge flax_signatures)
+OLDER := $(call tests,numerics projected pytrees stats straight_through tangent first_steps)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
@@ -56,7 +56,7 @@ test-float64: .venv/.tests
 # On the lowest versions that pyproject.toml allows, in float32.
 test-floor: .venv-floor/.tests
 	$(call quickly,.venv-floor/bin) -m "not slow" -k "not float16 and not eager" \
-		$(call tests,numerics) $(VERSIONS)
+		$(VERSIONS) $(OLDER)
 
 # And on the newest versions, which need a newer Python than python3 may be: the newest one on
 # this machine is taken. If there is none, .venv has the newest versions already.
