@@ -11,6 +11,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Keras looks for TensorFlow if nobody says so.
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax.numpy as jnp
 
