@@ -132,7 +132,7 @@ def _needed(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise CheckpointError(
-            f"To read this, {module} is needed: pip install 'optax-constraints[cli]' ({error})."
+            f"To read this, {module} is needed: pip install {module.partition('.')[0]} ({error})."
         ) from error
 
 

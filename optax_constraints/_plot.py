@@ -45,8 +45,7 @@ def _figure_class() -> type["Figure"]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "Pictures need Matplotlib, which is not installed here; write "
-            'pip install "optax-constraints[plot]".'
+            "Pictures need Matplotlib, which is not installed here; write pip install matplotlib."
         ) from None
 
     class NotebookFigure(Figure):
@@ -81,8 +80,7 @@ def plot(  # noqa: D417  # what verbs share is said once, in `constrain`
     projected. Of large leaves a sample of 65,536 numbers is shown.
 
     Reads the weights back from the device: call it outside `jax.jit`. Sets of matrices take a
-    singular value decomposition of each. Needs Matplotlib: ``pip install
-    "optax-constraints[plot]"``.
+    singular value decomposition of each. Needs Matplotlib, the extra `plot`.
 
     Args:
         params: Any tree of arrays.
@@ -202,8 +200,7 @@ def plot_stats(
 
     Above, the norm of what the projection takes away over that of the update: near 1, the
     optimizer pushes into the bound and does little else. Below, the share of units at their
-    bound. A line for each leaf, the worst first. Needs Matplotlib: ``pip install
-    "optax-constraints[plot]"``.
+    bound. A line for each leaf, the worst first. Needs Matplotlib, the extra `plot`.
 
     Args:
         history: What `stats` returned in several steps: a list of it, or, as `jax.lax.scan` and
@@ -336,8 +333,8 @@ def plot_set(
 
     Sets of units are shown for a unit of two entries; sets of matrices for those of 2 x 2 with
     two free entries, such as the diagonal ones, whose singular values are the magnitudes of the
-    entries; sets of sequences by a few sequences and what becomes of them. Needs Matplotlib:
-    ``pip install "optax-constraints[plot]"``.
+    entries; sets of sequences by a few sequences and what becomes of them. Needs Matplotlib,
+    the extra `plot`.
 
     Args:
         constraint: Anything that `get` accepts. Arrays in it have to fit two entries.

@@ -130,7 +130,7 @@ def test_matplotlib_is_imported_by_pictures_alone():
     last = run.stderr.strip().splitlines()[-1]
     assert last == (
         "ImportError: Pictures need Matplotlib, which is not installed here; write pip install "
-        '"optax-constraints[plot]".'
+        "matplotlib."
     )
 
 
