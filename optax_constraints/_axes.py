@@ -146,7 +146,9 @@ def settle_axis(
     # No axes and all axes mean entries and the whole tensor, whatever a unit is.
     if of_units and path is not None and 0 < len(settled) < rank:
         fan_in = _told_by_name(path, shape) if layout is None else layout.fan_in
-        if fan_in is not None and fan_in != settled:
+        # An axis of size 1 changes no unit, as in the depthwise kernels (electrodes, 1, 1, filters)
+        # of EEGNet.
+        if fan_in is not None and any(shape[a] != 1 for a in {*fan_in} ^ {*settled}):
             of_layer, how = (
                 ("", ", by the name and rank of this leaf")
                 if layout is None

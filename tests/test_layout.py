@@ -104,6 +104,17 @@ def test_an_axis_that_agrees_or_means_the_whole_does_not_warn(axis):
         oc.constrain(PARAMS, {"stem/kernel": oc.max_norm(1.0, axis=axis)}, layout=LAYOUT)
 
 
+def test_an_axis_of_size_1_makes_no_difference():
+    # The depthwise kernel of EEGNet, (electrodes, 1, 1, filters), for which Keras writes axis=0.
+    layout = {"spatial/kernel": LeafLayout("Conv", (0, 1, 2))}
+    rules = {"spatial/kernel": oc.max_norm(1.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oc.constrain({"spatial": {"kernel": leaf(8, 1, 1, 3)}}, rules, layout=layout)
+    with pytest.warns(UserWarning, match=r"of shape \(1, 8, 1, 3\): axis=0 is not"):
+        oc.constrain({"spatial": {"kernel": leaf(1, 8, 1, 3)}}, rules, layout=layout)
+
+
 def test_a_layout_of_another_model_is_an_error():
     with pytest.raises(ValueError, match="knows none of the 1 leaves of this tree, such as 'w'"):
         oc.constrain({"w": leaf(3, 3)}, oc.max_norm(1.0), layout=LAYOUT)
