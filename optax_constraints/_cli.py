@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tolerance(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if (value := float(text)) >= 0:
+        if 0 <= (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
 

@@ -239,7 +239,7 @@ def test_the_tolerance(check, tmp_path):
     safetensors.flax.save_file({"kernel": kernel, "bias": jnp.ones(2)}, tmp_path / "file")
     assert check(tmp_path / "file")[0] == 1
     assert check(tmp_path / "file", "--tolerance", "100")[0] == 0
-    for wrong in ("-1", "nan", "many"):
+    for wrong in ("-1", "nan", "inf", "many"):
         refused(check(tmp_path / "file", "--tolerance", wrong), "no number from 0")
 
 
