@@ -334,6 +334,10 @@ def test_pickles_and_other_files_are_refused(check, tmp_path):
     header = b'{"kernel":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     refused(check(path), "shape .2,. in bytes 0 to 4")
+    entry = b'"kernel":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = b"{" + entry + b"," + entry + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refused(check(path), "the key 'kernel' is there twice")
 
 
 @pytest.mark.parametrize(
