@@ -37,8 +37,8 @@ def relative_step(
     of the gradient. A unit of zeros never moves. The step of Y. You, I. Gitman and B. Ginsburg,
     "Large batch training of convolutional networks", 2017, without weight decay, for whole tensors;
     of Y. Liu, J. Bernstein, M. Meister and Y. Yue, "Learning by turning: neural architecture aware
-    optimisation", ICML 2021, for neurons. Two passes over a leaf and its update. Leaves that are not
-    floating-point are passed over.
+    optimisation", ICML 2021, for neurons. Leaves that are not floating-point are passed over. Two
+    passes over a leaf and its update.
 
     Args:
         axis: The axes along which one unit runs, as for `max_norm`; by default the whole tensor.
@@ -77,9 +77,10 @@ def relative_step(
                 return u
             axes = settle_axis("relative_step", axis, jnp.shape(p), path, layout_of(layout, path))
             dtype = _numerics.compute_dtype(jnp.result_type(p), jnp.result_type(u))
-            size, length = (_numerics.norm(jnp.asarray(x, dtype), axes) for x in (p, u))
+            weights, step = (jnp.asarray(x, dtype) for x in (p, u))
+            size, length = (_numerics.norm(x, axes) for x in (weights, step))
             # Below this an update counts as none, as in AdamH.
-            return (u / jnp.maximum(length, 1e-10) * size).astype(u.dtype)
+            return (step / jnp.maximum(length, 1e-10) * size).astype(jnp.result_type(u))
 
         pairs = zip(leaves_by_path(params), treedef.flatten_up_to(updates), strict=True)
         return treedef.unflatten([scaled(path, p, u) for (path, p), u in pairs]), state
@@ -172,7 +173,8 @@ def qk_clip(
 
     Raises:
         TypeError: If `threshold` is no number.
-        ValueError: If `threshold` is not positive and finite; on an update, if a kernel has no maxima.
+        ValueError: If `threshold` is not positive and finite; on an update, if a kernel has no
+            maxima.
 
     Example:
         >>> import jax.numpy as jnp, optax

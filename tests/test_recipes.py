@@ -23,7 +23,8 @@ def test_relative_steps_of_units():
     params["kernel"][:, 1] = 0
     updates = {"kernel": jnp.asarray(normal(4, 3, seed=1), jnp.bfloat16), "free": None}
     tx = recipes.relative_step(axis=0)
-    new, _ = tx.update(updates, tx.init(params), params)
+    with jax.numpy_dtype_promotion("strict"):
+        new, _ = tx.update(updates, tx.init(params), params)
     assert new["free"] is None
     assert new["kernel"].dtype == jnp.bfloat16
     got, came = (np.float64(x["kernel"]) for x in (new, updates))
@@ -121,9 +122,7 @@ def test_qk_clip_with_negative_logits_leaves_heads_as_they_are():
 
 def test_qk_clip_refuses():
     for bad in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(
-            ValueError, match=r"qk_clip: threshold=.* is not positive and finite; w"
-        ):
+        with pytest.raises(ValueError, match=r"qk_clip: threshold=.* is not positive and finite"):
             recipes.qk_clip(bad)
     for bad in ("100", None):
         with pytest.raises(TypeError, match=r"qk_clip: threshold=.* is no number; write the large"):
