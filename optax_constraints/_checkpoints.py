@@ -127,6 +127,16 @@ def _damage(name: str) -> Iterator[None]:
         ) from error
 
 
+def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of two equal keys, Python would drop the first."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice.")
+        found[key] = value
+    return found
+
+
 def _needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -308,7 +318,7 @@ def _safetensors(path: Path) -> Leaves:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > total:
             raise CheckpointError(f"{str(path)!r} ends within its header: it is cut off.")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=mapping)
     arrays = {}
     for name, entry in header.items():
         if name == "__metadata__":

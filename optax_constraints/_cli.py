@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from optax_constraints import __version__
-from optax_constraints._checkpoints import CheckpointError, open_checkpoint
+from optax_constraints._checkpoints import CheckpointError, mapping, open_checkpoint
 from optax_constraints._config import deserialize, strict_json
 from optax_constraints._patterns import needs_layout, parse
 from optax_constraints._report import Report, Row, allowance, rows_of
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tolerance(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if (value := float(text)) >= 0:
+        if 0 <= (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
 
@@ -187,7 +187,7 @@ def _rules(path: Path, modules: list[str]) -> Any:
         except Exception as error:
             raise _CommandError(f"--import {module}: {type(error).__name__}: {error}") from error
     try:
-        rules = deserialize(json.loads(path.read_text("utf-8"), object_pairs_hook=_mapping))
+        rules = deserialize(json.loads(path.read_text("utf-8"), object_pairs_hook=mapping))
         parse(rules)
     except OSError as error:
         raise _CommandError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
@@ -195,16 +195,6 @@ def _rules(path: Path, modules: list[str]) -> Any:
         kind = "JSON" if isinstance(error, json.JSONDecodeError) else "rules"
         raise _CommandError(f"{str(path)!r} holds no {kind}: {error}") from error
     return rules
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Of two equal keys, Python would drop the first."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice.")
-        found[key] = value
-    return found
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_constraints import _numerics
-from optax_constraints._sharding import automatic
+from optax_constraints._sharding import automatic, explicit_axes
 
 _MOST = 2**16
 """Of more numbers than that a sample is shown."""
@@ -76,8 +76,13 @@ def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
         }
         return dataclasses.replace(gauge, **bounds)
 
-    spec = jax.sharding.PartitionSpec()
-    gauge = automatic(measured, first, weights, constraint, memory, spec=spec)
+    def gauged(weights: Any, memory: Any) -> Gauge:
+        like = jax.tree.leaves(weights)[0]
+        spec = jax.sharding.PartitionSpec()
+        return automatic(measured, like, weights, constraint, memory, spec=spec)
+
+    # Not compiled, numbers of one device do not get onto a mesh with Explicit axes.
+    gauge = (jax.jit(gauged) if explicit_axes(first) else gauged)(weights, memory)
     values = _on_host(gauge.values)
     if not values.size:
         return None

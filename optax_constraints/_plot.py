@@ -182,7 +182,8 @@ def _panel(panel: "Axes", path: str, constraint: Constraint, known: Sample) -> N
         panel.set_ylim(low - room, high + room)
     about = str(constraint) if len(str(constraint)) <= 36 else f"{str(constraint)[:35]}…"
     about += f", {known.not_finite:,} not finite" if known.not_finite else ""
-    panel.set_title(f"{shorten_path(path or '(root)', 34)}\n{about}", size=8.5)
+    title = f"{shorten_path(path or '(root)', 34)}\n{about}"
+    panel.set_title(title, size=8.5, parse_math=False)  # a path may have dollar signs
     name = known.name + (" (sample)" if known.values.size + known.not_finite < known.of else "")
     panel.set_ylabel(name, size=8)
     panel.tick_params(labelsize=7)
@@ -214,7 +215,7 @@ def plot_stats(
     Raises:
         ImportError: If Matplotlib is not installed.
         TypeError: If `history` is not what `stats` returns.
-        ValueError: If it is empty, or `steps` has another length.
+        ValueError: If it is empty, `steps` has another length, or `lines` is not positive.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -229,6 +230,8 @@ def plot_stats(
         >>> figure.axes[1].get_ylabel()
         'share at the bound'
     """
+    if lines < 1:
+        raise ValueError(f"plot_stats: lines={lines} shows nothing; write 1 or more.")
     curves = _curves(history)
     count = len(next(iter(curves.values())).update)
     x = np.arange(1, count + 1) if steps is None else np.asarray(steps)
@@ -273,10 +276,14 @@ def plot_stats(
             panel.spines[side].set_visible(False)
     more = len(ordered) - lines
     title = f"worst first; {more:,} more\nleaves are not shown" if more > 0 else "worst first"
-    figure.legend(
-        *top.get_legend_handles_labels(),
+    # Not what Matplotlib finds by itself, which leaves out names that start with an underscore.
+    legend = figure.legend(
+        top.lines,
+        [str(line.get_label()) for line in top.lines],
         **{"loc": "outside right upper", "fontsize": 8, "title": title, "frameon": False},
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -348,7 +355,8 @@ def plot_set(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If the set has no picture in the plane, or is relative to init.
+        ValueError: If the set has no picture in the plane, or is relative to init, or if `extent`
+            is not positive.
 
     Example:
         >>> import optax_constraints as oc
@@ -356,6 +364,8 @@ def plot_set(
         '{ w : ‖u‖₁ ≤ 1 }'
     """
     _figure_class()
+    if extent is not None and not 0 < extent < math.inf:
+        raise ValueError(f"plot_set: extent={extent} is no picture; write a number above 0.")
     given = as_constraint(constraint)
     if given is None:
         raise ValueError("plot_set: None allows everything; write a constraint.")

@@ -281,7 +281,9 @@ def allowance(
     if constraint.elementwise:
         return 0.0
     eps = max(_numerics.eps(w.dtype) for w in arrays)
-    return tolerance * eps * math.hypot(*(float(run(_norm, w)) for w in arrays))
+    norm = math.hypot(*(float(run(_norm, w)) for w in arrays))
+    # Beside weights whose norm overflows any distance would be rounding.
+    return tolerance * eps * norm if math.isfinite(norm) else 0.0
 
 
 def _units(constraint: Constraint, projected: Any) -> tuple[Any, Any]:

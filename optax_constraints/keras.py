@@ -41,6 +41,7 @@ from optax_constraints._constraint import Constraint, has_args, own_classes, par
 from optax_constraints._numbers import fields_of, is_schedule, limits_of
 from optax_constraints._rules import Binder
 from optax_constraints._text import describe
+from optax_constraints.sets.combinators import compose
 
 
 def _register() -> None:
@@ -77,8 +78,10 @@ def _held(variable: Any, constraint: Constraint) -> Constraint:
     layout = {path: LeafLayout("layer of Keras", None)} if len(shape) > 2 else None
     bind = Binder([(lambda path, leaf: True, constraint)], layout=layout)
     (bound,) = bind({path: jax.ShapeDtypeStruct(shape, variable.dtype)})
-    assert bound.constraint is not None
-    return bound.constraint
+    held = bound.constraint
+    assert held is not None
+    # Keras calls it with the variable itself, of which `Constraint()` makes an array.
+    return held if type(held) in own_classes else compose(Constraint(), held)
 
 
 def _has_schedule(constraint: Constraint) -> bool:

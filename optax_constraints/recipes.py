@@ -4,6 +4,7 @@ Imported only on request: ``from optax_constraints import recipes``.
 """
 
 import functools
+import glob
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from optax_constraints import _numerics
 from optax_constraints._args import arg
 from optax_constraints._axes import Axis, Layout, check_axis, layout_of, settle_axis
 from optax_constraints._constraint import Constraint
-from optax_constraints._patterns import Pattern, parse, unmatched
+from optax_constraints._patterns import Pattern, is_floating, parse, unmatched
 from optax_constraints._project import project
 from optax_constraints._text import describe, shown
 from optax_constraints._trees import leaves_by_path, shape_and_dtype
@@ -36,7 +37,8 @@ def relative_step(
     of the gradient. A unit of zeros never moves. The step of Y. You, I. Gitman and B. Ginsburg,
     "Large batch training of convolutional networks", 2017, without weight decay, for whole tensors;
     of Y. Liu, J. Bernstein, M. Meister and Y. Yue, "Learning by turning: neural architecture aware
-    optimisation", ICML 2021, for neurons. Two passes over a leaf and its update.
+    optimisation", ICML 2021, for neurons. Leaves that are not floating-point are passed over. Two
+    passes over a leaf and its update.
 
     Args:
         axis: The axes along which one unit runs, as for `max_norm`; by default the whole tensor.
@@ -71,13 +73,14 @@ def relative_step(
         treedef = jax.tree.structure(params)
 
         def scaled(path: str, p: Any, u: Any) -> Any:
-            if is_absent(u):
+            if is_absent(u) or not is_floating(p):
                 return u
             axes = settle_axis("relative_step", axis, jnp.shape(p), path, layout_of(layout, path))
             dtype = _numerics.compute_dtype(jnp.result_type(p), jnp.result_type(u))
-            size, length = (_numerics.norm(jnp.asarray(x, dtype), axes) for x in (p, u))
+            weights, step = (jnp.asarray(x, dtype) for x in (p, u))
+            size, length = (_numerics.norm(x, axes) for x in (weights, step))
             # Below this an update counts as none, as in AdamH.
-            return (u * (size / jnp.maximum(length, 1e-10))).astype(u.dtype)
+            return (step / jnp.maximum(length, 1e-10) * size).astype(jnp.result_type(u))
 
         pairs = zip(leaves_by_path(params), treedef.flatten_up_to(updates), strict=True)
         return treedef.unflatten([scaled(path, p, u) for (path, p), u in pairs]), state
@@ -170,7 +173,8 @@ def qk_clip(
 
     Raises:
         TypeError: If `threshold` is no number.
-        ValueError: If `threshold` is not positive; on an update, if a kernel has no maxima.
+        ValueError: If `threshold` is not positive and finite; on an update, if a kernel has no
+            maxima.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -187,10 +191,12 @@ def qk_clip(
     """
     try:
         largest = jnp.asarray(threshold)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"qk_clip: threshold={shown(threshold)} is no number; {_WRITE}") from error
-    if not isinstance(largest, Tracer) and not jnp.all(largest > 0):
-        raise ValueError(f"qk_clip: threshold={shown(threshold)} is not positive; {_WRITE}")
+    if not isinstance(largest, Tracer) and not jnp.all((largest > 0) & (largest < jnp.inf)):
+        raise ValueError(
+            f"qk_clip: threshold={shown(threshold)} is not positive and finite; {_WRITE}"
+        )
 
     def gamma(extra: Any, path: str) -> jax.Array:
         logits = _nearest(extra[statistic], path, statistic)
@@ -294,15 +300,16 @@ def ngpt_rules(
     for path, leaf, own in leaves:
         shape, _ = shape_and_dtype(leaf) or ((), None)
         layers = own.stacked if own is not None else ()
-        if len(shape) - len(layers) < 2:
+        if len(shape) - len(layers) < 2 or not is_floating(leaf):
             continue
         fan_in = settle_axis("ngpt_rules", "fan_in", shape, path, own)
+        pattern = "/" + glob.escape(path)
         if any(rule.matches(path, leaf, own) for rule in patterns):
             slices = (*fan_in, *layers)
-            rules[f"/{path}"] = stacked(unit_norm(axis=None), axis=slices)
+            rules[pattern] = stacked(unit_norm(axis=None), axis=slices)
             units = [size for i, size in enumerate(shape) if i not in slices]
         else:
-            rules[f"/{path}"] = unit_norm(axis=fan_in)
+            rules[pattern] = unit_norm(axis=fan_in)
             units = [shape[axis] for axis in fan_in]
         lengths[describe(path, shape)] = math.prod(units)
     if len(set(lengths.values())) > 1:

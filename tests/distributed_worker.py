@@ -411,6 +411,10 @@ def explicit_axes(checks: Checks) -> None:
                 _, dw = jax.jvp(constraint, (w,), (w,))
                 _, want = jax.jvp(constraint, (weights[name],), (weights[name],))
                 checks.close("explicit axes", "others", dw, want)
+    # Like what is not compiled elsewhere, a report needs no mesh around it.
+    own = {"w": put(weights["large grid"], mesh, places["large grid"])}
+    (row,) = oc.report(own, oc.max_norm(1.0)).rows
+    checks.that(row.histogram, "explicit axes", str(row))
 
 
 ACROSS = {

@@ -239,7 +239,7 @@ def test_the_tolerance(check, tmp_path):
     safetensors.flax.save_file({"kernel": kernel, "bias": jnp.ones(2)}, tmp_path / "file")
     assert check(tmp_path / "file")[0] == 1
     assert check(tmp_path / "file", "--tolerance", "100")[0] == 0
-    for wrong in ("-1", "nan", "many"):
+    for wrong in ("-1", "nan", "inf", "many"):
         refused(check(tmp_path / "file", "--tolerance", wrong), "no number from 0")
 
 
@@ -334,6 +334,10 @@ def test_pickles_and_other_files_are_refused(check, tmp_path):
     header = b'{"kernel":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     refused(check(path), "shape .2,. in bytes 0 to 4")
+    entry = b'"kernel":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = b"{" + entry + b"," + entry + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refused(check(path), "the key 'kernel' is there twice")
 
 
 @pytest.mark.parametrize(

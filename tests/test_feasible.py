@@ -91,6 +91,13 @@ def test_rounding_is_let_pass_and_no_more():
         oc.assert_feasible(w * (1 + 1e-6), oc.unit_norm(), tolerance=1)
 
 
+def test_what_overflows_is_not_rounding():
+    w = jnp.full(4, 3e38)  # its norm is infinite in float32, and so is its distance
+    with pytest.raises(AssertionError, match=r"\(4, float32\) is inf from Simplex"):
+        oc.assert_feasible({"w": w}, oc.simplex())
+    assert not oc.report({"w": w}, oc.simplex()).rows[0].inside
+
+
 def test_a_schedule_is_that_of_the_last_update_and_memory_comes_from_the_state():
     rules = {"kernel": oc.fixed_norm("init"), "bias": oc.box(upper=lambda step: 2.0 - step)}
     params, state = after_one_step(optax.sgd(-3.0), oc.project(rules))

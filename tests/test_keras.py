@@ -153,7 +153,7 @@ class EvenColumns(oc.Constraint):
     """A set of a user's own: all columns alike."""
 
     def __call__(self, w, /):
-        return jnp.broadcast_to(jnp.mean(jnp.asarray(w), 1, keepdims=True), jnp.shape(w))
+        return jnp.broadcast_to(jnp.mean(w, 1, keepdims=True), w.shape)
 
 
 def test_a_set_of_ones_own():

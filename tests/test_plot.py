@@ -83,6 +83,15 @@ def test_large_leaves_nan_and_no_leaves():
         assert figure._repr_png_()
 
 
+def test_names_are_not_mathematics():
+    name = r"_$\frac$"  # Matplotlib does not parse it, and leaves it out of a legend of its own
+    assert oc.plot({name: jnp.ones(2)}, oc.non_neg())._repr_png_()
+    one = oc.LeafStats(*map(jnp.asarray, (2.0, 1.0, 4, 1)))
+    figure = oc.plot_stats([{name: one, "b": one}])
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {name, "b"}
+    assert figure._repr_png_()
+
+
 def test_more_leaves_than_panels():
     params = {f"w{i:02}": jnp.ones(2) for i in range(70)} | {"x": -jnp.ones(2)}
     figure = oc.plot(params, oc.non_neg())
@@ -183,6 +192,8 @@ def test_errors_of_plot_stats():
         oc.plot_stats(3)
     with pytest.raises(ValueError, match=r"steps has shape \(2,\), and there are 1 steps"):
         oc.plot_stats([{"w": one}], steps=[1, 2])
+    with pytest.raises(ValueError, match="lines=-1 shows nothing"):
+        oc.plot_stats([{"w": one}], lines=-1)
 
 
 def projected(figure) -> tuple[np.ndarray, np.ndarray]:
@@ -251,3 +262,6 @@ def test_errors_of_plot_set():
         oc.plot_set(oc.fixed_norm("init"))
     with pytest.raises(ValueError, match="None allows everything"):
         oc.plot_set(None)
+    for wrong in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"extent=.* is no picture; write a number above 0"):
+            oc.plot_set(oc.non_neg(), extent=wrong)

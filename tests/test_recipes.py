@@ -23,7 +23,8 @@ def test_relative_steps_of_units():
     params["kernel"][:, 1] = 0
     updates = {"kernel": jnp.asarray(normal(4, 3, seed=1), jnp.bfloat16), "free": None}
     tx = recipes.relative_step(axis=0)
-    new, _ = tx.update(updates, tx.init(params), params)
+    with jax.numpy_dtype_promotion("strict"):
+        new, _ = tx.update(updates, tx.init(params), params)
     assert new["free"] is None
     assert new["kernel"].dtype == jnp.bfloat16
     got, came = (np.float64(x["kernel"]) for x in (new, updates))
@@ -32,10 +33,20 @@ def test_relative_steps_of_units():
     np.testing.assert_allclose(np.linalg.norm(got, axis=0), want, rtol=2**-8)
     np.testing.assert_array_equal(got[:, 1], 0)
     assert np.all(np.sign(got[:, [0, 2]]) == np.sign(came[:, [0, 2]]))
-    # No update, and one that leaves the range of its squares.
-    for u, norm in ((np.zeros(2), 0), (np.full(2, 1e30), np.linalg.norm(params["free"]))):
-        new, _ = recipes.relative_step().update(jnp.float32(u), (), jnp.asarray(params["free"]))
-        np.testing.assert_allclose(np.linalg.norm(new), norm, rtol=1e-6)
+    # No update, and one that leaves the range of its squares; weights that do.
+    for p, u in ((1, 0), (1, 1e30), (1e30, 0), (1e30, 1e-9)):
+        p, u = (np.full(2, x, np.float32) for x in (p, u))
+        new, _ = recipes.relative_step().update(jnp.asarray(u), (), jnp.asarray(p))
+        np.testing.assert_allclose(new, p * (u > 0), rtol=1e-6)
+
+
+def test_relative_step_passes_over_integers():
+    params = {"count": jnp.array([3, 4]), "w": jnp.array([3.0, 4.0])}
+    for zero in (jnp.zeros(2, jnp.int32), np.zeros(2, jax.dtypes.float0)):
+        updates = {"count": zero, "w": jnp.array([0.0, 1.0])}
+        new, _ = recipes.relative_step().update(updates, (), params)
+        assert new["count"] is zero
+        np.testing.assert_allclose(new["w"], [0, 5], rtol=1e-6)
 
 
 def test_relative_step_refuses():
@@ -110,11 +121,12 @@ def test_qk_clip_with_negative_logits_leaves_heads_as_they_are():
 
 
 def test_qk_clip_refuses():
-    for bad in (0.0, -1.0, np.nan):
-        with pytest.raises(ValueError, match=r"qk_clip: threshold=.* is not positive; write"):
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"qk_clip: threshold=.* is not positive and finite"):
             recipes.qk_clip(bad)
-    with pytest.raises(TypeError, match=r"qk_clip: threshold='100' is no number; write the large"):
-        recipes.qk_clip("100")
+    for bad in ("100", None):
+        with pytest.raises(TypeError, match=r"qk_clip: threshold=.* is no number; write the large"):
+            recipes.qk_clip(bad)
     rules, params = recipes.qk_clip(100.0), {"layer_0": {"attention": ATTENTION}}
     with pytest.raises(ValueError, match=r"needs the argument 'max_logits', and those given are n"):
         oc.constrain(params, rules)
@@ -176,6 +188,17 @@ def test_ngpt_rules_know_the_usual_names():
     message = r"none of the usual names .*out, proj.*'mlp/a/kernel'\. Name in writes= .*writes=\["
     with pytest.raises(ValueError, match=message):
         recipes.ngpt_rules({"mlp": {"a": {"kernel": np.ones((4, 8))}}})
+
+
+def test_ngpt_rules_of_integers_and_of_names_that_look_like_patterns():
+    params = {
+        "w[0]": {"kernel": np.full((4, 8), 0.9)},
+        "proj": {"kernel": np.full((8, 4), 0.9)},
+        "mask": {"kernel": np.ones((5, 5), bool)},
+    }
+    new = oc.constrain(params, recipes.ngpt_rules(params))
+    np.testing.assert_allclose(np.linalg.norm(new["w[0]"]["kernel"], axis=0), 1, rtol=1e-6)
+    assert new["mask"]["kernel"] is params["mask"]["kernel"]
 
 
 def test_ngpt_rules_refuses():
