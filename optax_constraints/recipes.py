@@ -200,6 +200,7 @@ def qk_clip(
 
     def gamma(extra: Any, path: str) -> jax.Array:
         logits = _nearest(extra[statistic], path, statistic)
+        logits = logits.astype(_numerics.compute_dtype(logits.dtype))
         # min(1, threshold / logits), also where all logits are negative.
         return largest / jnp.maximum(logits + 1e-6, largest)
 
