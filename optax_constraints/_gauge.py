@@ -82,7 +82,8 @@ def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
         return automatic(measured, like, weights, constraint, memory, spec=spec)
 
     # Not compiled, numbers of one device do not get onto a mesh with Explicit axes.
-    gauge = (jax.jit(gauged) if explicit_axes(first) else gauged)(weights, memory)
+    with jax.debug_infs(False):  # an entry without a bound has an infinite one
+        gauge = (jax.jit(gauged) if explicit_axes(first) else gauged)(weights, memory)
     values = _on_host(gauge.values)
     if not values.size:
         return None
