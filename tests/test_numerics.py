@@ -402,7 +402,7 @@ def test_norm_takes_one_sum_on_a_gpu():
     def derivative(w):
         return jax.jvp(one, (w,), (w,))[1]
 
-    w = weights()
+    w = jnp.asarray(weights(), jnp.float32)
     for function in (one, derivative, jax.vmap(one, in_axes=1), jax.checkpoint(one)):
         traced = jax.jit(function).trace(w)
         cuda, tpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu"))
