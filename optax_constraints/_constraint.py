@@ -96,6 +96,10 @@ class Constraint:
     spectral: ClassVar[bool] = False
     """Whether `gauge` decomposes matrices, which takes long for large ones."""
 
+    spreads: ClassVar[bool] = False
+    """Whether the work on a matrix is worth a way to another device: on a mesh, matrices of one
+    shape are then divided over the devices."""
+
     _not_shown: ClassVar[tuple[str, ...]] = ("axis", "axis_name")
     """Fields that the report leaves out."""
 

@@ -11,7 +11,8 @@ from jax.core import Tracer
 
 from optax_constraints import _stats
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, moved
+from optax_constraints._constraint import Constraint, difference, moved
+from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
 from optax_constraints._numerics import in_turn
@@ -42,6 +43,7 @@ def project(
     strict: bool = True,
     stats: bool = False,
     keep_params: bool = False,
+    mesh: AnyMesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
@@ -95,6 +97,7 @@ def project(
         Array([0., 0., 0.], dtype=float32)
     """
     every = _check_every(every)
+    check_mesh("project", mesh)
     bind = Binder(rules, layout=layout, strict=strict)
 
     def init(params: Any) -> ProjectState:
@@ -119,13 +122,18 @@ def project(
         def projected(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
             before, measured = None, []
 
-            def move(constraint: Constraint, p: Any, own: Any, u: Any) -> tuple[Any, Any]:
+            def move(
+                constraint: Constraint, p: Any, own: Any, u: Any, done: Any = None
+            ) -> tuple[Any, Any]:
                 nonlocal before
                 if stats or constraint.unitwise:
                     u = jax.tree.map(lambda u: in_turn(u, before), u)
-                prepared = constraint.prepare(p, u, own)
-                known = None
-                if stats and constraint.elementwise:
+                prepared = known = None
+                if done is None:
+                    prepared = constraint.prepare(p, u, own)
+                if done is not None:
+                    new, kept = difference(done[0], p, u), done[1]
+                elif stats and constraint.elementwise:
                     total = jax.tree.map(moved, p, u)
                     known = _stats.of_entries(constraint, p, u, total, own)
                     before = jnp.stack([known.update, known.correction])
@@ -146,7 +154,9 @@ def project(
                 return new, kept
 
             now: Any = {"step": state.updates_seen, "extra": extra}
-            new, memory = bound.map(move, params, memory, updates=updates, **now)
+            new, memory = bound.map(
+                move, params, memory, updates=updates, mesh=mesh, divides=True, **now
+            )
             if stats:
                 shown = _stats.renewed(shown, bound, params, updates, measured)
             return new, memory, shown
@@ -204,6 +214,7 @@ def constrain(
     state: Any = None,
     extra: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    mesh: AnyMesh | None = None,
     strict: bool = True,
 ) -> Any:
     """Projects parameters now: at init, after loading or averaging, or after each update.
@@ -238,7 +249,8 @@ def constrain(
         {'bias': Array([0., 2.], dtype=float32)}
     """
     bind, memory = bound_now(params, rules, state, layout, strict)
-    new, _ = constrain_bound(params, bind, memory, step=step, extra=extra)
+    check_mesh("constrain", mesh)
+    new, _ = constrain_bound(params, bind, memory, step=step, extra=extra, mesh=mesh)
     warn_of_one_value(bind(params), params, new)
     return new
 
@@ -252,9 +264,11 @@ def bound_now(
     return bind, bind.start(params) if state is None else memory_in(state)
 
 
-def advance(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
+def advance(
+    constraint: Constraint, weights: Any, memory: Any, done: Any = None
+) -> tuple[Any, Any]:
     """What `constrain` puts in the place of weights, and what to remember."""
-    return constraint.advance(weights, memory)
+    return constraint.advance(weights, memory) if done is None else done
 
 
 def constrain_bound(
@@ -265,6 +279,7 @@ def constrain_bound(
     step: jax.typing.ArrayLike,
     extra: Mapping[str, Any] | None,
     before: Any = None,
+    mesh: AnyMesh | None = None,
     function: Callable[..., tuple[Any, Any]] = advance,
 ) -> tuple[Any, Any]:
     """`constrain` with rules that may remember this tree, and with what constraints remember.
@@ -273,7 +288,10 @@ def constrain_bound(
     """
     bound, now = bind(params), {"step": step, "extra": extra}
     old, shown = parted(memory)
-    new, kept = bound.map(function, params, bound.recall(old), **now)
+    divides = function is advance
+    new, kept = bound.map(
+        function, params, bound.recall(old), mesh=mesh, divides=divides, **now
+    )
     if shown is None:
         return new, like_before(memory, kept)
     shown = _stats.of_weights(bound, before, params, new, memory, **now)

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 from optax_constraints._axes import LeafLayout
-from optax_constraints._constraint import Constraint, has_args
+from optax_constraints._constraint import Constraint, has_args, moved
+from optax_constraints._divided import AnyMesh, Work, divided
 from optax_constraints._groups import Group
 from optax_constraints._text import shown
 from optax_constraints._trees import OtherStructureError, rearranged, without_boxes, without_saved
@@ -201,17 +202,22 @@ class Bindings:
         step: jax.typing.ArrayLike,
         extra: Mapping[str, Any] | None,
         updates: Any = _NO_UPDATES,
+        mesh: AnyMesh | None = None,
+        divides: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """Puts something else in the place of each constrained leaf.
 
         Args:
             function: Takes a constraint, its weights, what is remembered of them and, if there
                 are updates, their update; returns what comes in their place and what to remember.
+                If it `divides`, it may get `done` besides: the projection, and what to remember.
             params: The parameters.
             memory: What `recall` returned.
             step: The step that schedules see.
             extra: The extra arguments that `arg` reads.
             updates: A tree like the parameters, where leaves that do not move may be absent.
+            mesh: Over which matrices are divided; None for that of `jax.set_mesh`.
+            divides: Whether `function` projects, so that matrices may be divided over a mesh.
 
         Returns:
             A tree like the parameters, in which free leaves are as they were, or are their
@@ -220,22 +226,45 @@ class Bindings:
         treedef = jax.tree.structure(params)
         new = jax.tree.leaves(params) if updates is _NO_UPDATES else treedef.flatten_up_to(updates)
         kept = {}
-        visits = self.visits(params, memory, step=step, extra=extra)
-        for key, (bound, constraint, weights, own) in zip(self._keys, visits, strict=True):
+        visits = []
+        for visit in self.visits(params, memory, step=step, extra=extra):
+            bound, update = visit.bound, None
+            if visit.constraint is not None and updates is not _NO_UPDATES:
+                if _moves(bound, [new[place] for place in bound.places]):
+                    update = jax.tree.map(jnp.asarray, bound.of(new))
+            visits.append((visit, update))
+        done = self._divided(visits, mesh) if divides else {}
+        for key, (visit, update) in zip(self._keys, visits, strict=True):
+            bound, constraint, weights, own = visit
             if constraint is None:
                 continue
             result = bound.of(new)
-            if updates is _NO_UPDATES:
-                result, own = function(constraint, weights, own)
-            elif _moves(bound, [new[place] for place in bound.places]):
-                update = jax.tree.map(jnp.asarray, result)
-                result, own = function(constraint, weights, own, update)
+            if updates is _NO_UPDATES or update is not None:
+                moving = () if update is None else (update,)
+                elsewhere = {"done": done[key]} if key in done else {}
+                result, own = function(constraint, weights, own, *moving, **elsewhere)
             results = result if bound.is_group else (result,)
             for place, leaf in zip(bound.places, results, strict=True):
                 new[place] = leaf
             if constraint.remembers:
                 kept[key] = own
         return treedef.unflatten(new), kept
+
+    def _divided(
+        self, visits: list[tuple[Visit, Any]], mesh: AnyMesh | None
+    ) -> dict[str, tuple[Any, Any]]:
+        """By key, the projections that are found on other devices than those of their leaves."""
+        work = {}
+        for key, (visit, update) in zip(self._keys, visits, strict=True):
+            bound, constraint, weights, memory = visit
+            if constraint is None or not constraint.spreads or bound.is_group:
+                continue
+            # Before a step, sets with schedules and numbers of leaves are equal or not.
+            same = object() if bound.needs_args else bound.constraint
+            total = weights if update is None else moved(weights, update)
+            work[key] = Work(same, constraint, total, memory)
+        done = divided(list(work.values()), mesh) if len(work) > 0 else []
+        return {k: new for k, new in zip(work, done, strict=True) if new is not None}
 
 
 def _moves(bound: Bound, updates: list[Any]) -> bool:

@@ -263,6 +263,7 @@ class MatrixSet(Constraint):
     """
 
     spectral = True
+    spreads = True
 
     square: ClassVar[bool] = False
     """Whether the set has only square matrices."""

@@ -64,6 +64,11 @@ class Single(Constraint):
         return self.constraint.has_tangent
 
     @property
+    def spreads(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the constraint inside does."""
+        return self.constraint.spreads
+
+    @property
     def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the constraint inside does."""
         return self.constraint.loses_steps
@@ -545,6 +550,11 @@ class Several(Constraint):
     def starts_anew(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all of the constraints that remember do."""
         return all(c.starts_anew or not c.remembers for c in self.constraints)
+
+    @property
+    def spreads(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the constraints does."""
+        return any(c.spreads for c in self.constraints)
 
     @property
     def loses_steps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -57,6 +57,7 @@ class _Mirrored(MatrixSet):
     sign: ClassVar[int]
 
     spectral = False
+    spreads = False
 
     def gauge(self, w: Any, memory: Any = ()) -> Gauge:
         """The differences between each matrix and its image, which have to be zero."""

@@ -28,6 +28,7 @@ class Scaled(MatrixSet):
 
     remembers = True
     starts_anew = True
+    spreads = False
     only_down: ClassVar[bool] = False
     """Whether a smaller largest singular value is allowed, too."""
 

@@ -189,6 +189,11 @@ class MaxSpectralNorm(Scaled):
         """Whether there are vectors to keep."""
         return self.method == "scale"
 
+    @property
+    def spreads(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """Whether matrices are decomposed."""
+        return self.method == "clip"
+
     only_down = True
 
     def _bound(self, dtype: jnp.dtype) -> jax.Array:
