@@ -70,7 +70,7 @@ def divided(work: Sequence[Work], mesh: AnyMesh | None) -> list[Done | None]:
         For each leaf its projection; or None where it has to be projected in its place, because
         there is no mesh, or no other matrix of this shape.
     """
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     items = [_items(own) for own in work]
     for i, (own, (constraint, *arrays)) in enumerate(zip(work, items, strict=True)):
         # Of what numbers matrices, the length may differ.
@@ -121,13 +121,13 @@ def _mesh_of(own: Work, mesh: AnyMesh | None) -> AnyMesh | None:
     current = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in getattr(current, "axis_types", ()):
         return None  # inside of `shard_map` each device has a part of its own
-    if jax.config.jax_disable_jit:
+    if jax.config.values["jax_disable_jit"]:
         return None
     if mesh is None:
         mesh = current
     if not isinstance(own.weights, Tracer):
         # Outside of `jit` it is known where weights are, and they stay there.
-        sharding = own.weights.sharding
+        sharding: Any = own.weights.sharding
         known = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
         mesh = sharding.mesh if known else None
     return None if mesh is None or mesh.empty or mesh.size < 2 else mesh

@@ -1,5 +1,6 @@
 """The verbs that move weights: `project` and `constrain`."""
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
 from optax_constraints._trees import check_arrays
-from optax_constraints._walk import like_before, memory_in, parted
+from optax_constraints._walk import Bindings, like_before, memory_in, parted
 
 
 class ProjectState(NamedTuple):
@@ -39,11 +40,12 @@ def project(
     rules: Rules,
     *,
     every: int = 1,
-    layout: Layout | None = None,
-    strict: bool = True,
+    stagger: bool = False,
     stats: bool = False,
     keep_params: bool = False,
+    layout: Layout | None = None,
     mesh: AnyMesh | None = None,
+    strict: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation after which the parameters are in their sets.
 
@@ -65,22 +67,28 @@ def project(
             parameter, or a mapping (or pairs) from pattern to constraint or None. The first
             pattern that matches a leaf wins.
         every: Project only on every so many steps. Updates between them pass through.
-        layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,
-            `axis="fan_in"` is exact for every layer.
-        strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
-            in part.
+        stagger: Whether not all leaves are projected on the same of these steps, but each step
+            projects some, of about equal work, so that steps take equal time. Each leaf is still
+            projected once in `every` steps.
         stats: Whether to measure how hard each constraint binds, for `stats(state)`. That is one
             more pass over each constrained leaf. Under sets that are neither norms nor elementwise,
             the weights from before the projection are kept until after it.
         keep_params: Whether the state has a copy of the constrained leaves, for loops that call
             ``tx.update(grads, state)`` without `params`. It is exact as long as nothing else
             changes them.
+        layout: What `layout(model)` of `optax_constraints.flax` says of each leaf. With it,
+            `axis="fan_in"` is exact for every layer.
+        mesh: Over whose devices matrices are divided: of those of one shape under equal
+            constraints, each device projects some. Without it that is the mesh of `jax.set_mesh`,
+            if there is one. Norms and entries need no mesh: they follow their leaf.
+        strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
+            in part.
 
     Returns:
         The transformation. Its `update` needs `params`, except with ``keep_params=True``.
 
     Raises:
-        TypeError: If `rules` or `every` is of the wrong kind.
+        TypeError: If `rules`, `every` or `mesh` is of the wrong kind.
         ValueError: If a rule's value is no constraint; at init, if a rule matches no leaf or
             a leaf does not have the axis asked for.
 
@@ -116,10 +124,13 @@ def project(
         if isinstance(state, Mapping):  # restored without its type
             state = ProjectState(**state)
         bound = bind(params)
+        turns = bound.turns(every) if stagger else [bound]
         # Their other branch has updates as they came in, and both must have one dtype.
         keep_dtype = called_from_optax(*_CONDITIONS)
 
-        def projected(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
+        def projected(
+            bound: Bindings, updates: Any, memory: dict[str, Any], shown: dict[str, Any]
+        ) -> Any:
             before, measured = None, []
 
             def move(
@@ -128,9 +139,8 @@ def project(
                 nonlocal before
                 if stats or constraint.unitwise:
                     u = jax.tree.map(lambda u: in_turn(u, before), u)
-                prepared = known = None
-                if done is None:
-                    prepared = constraint.prepare(p, u, own)
+                prepared: Any = constraint.prepare(p, u, own) if done is None else None
+                known = None
                 if done is not None:
                     new, kept = difference(done[0], p, u), done[1]
                 elif stats and constraint.elementwise:
@@ -161,21 +171,36 @@ def project(
                 shown = _stats.renewed(shown, bound, params, updates, measured)
             return new, memory, shown
 
-        def passed(updates: Any, memory: dict[str, Any], shown: dict[str, Any]) -> Any:
+        def passed(
+            bound: Bindings, updates: Any, memory: dict[str, Any], shown: dict[str, Any]
+        ) -> Any:
             # In the dtypes that a projection would give.
-            like, *_ = jax.eval_shape(projected, updates, memory, shown)
+            like, *_ = jax.eval_shape(functools.partial(projected, bound), updates, memory, shown)
             return jax.tree.map(lambda u, t: u.astype(t.dtype), updates, like), memory, shown
 
-        due = True if every == 1 else (state.updates_seen + 1) % every == 0
         old, _ = parted(state.memory)
-        known = bound.recall(old), _stats.recall(bound, state.memory) if stats else {}
-        if isinstance(due, Tracer):
-            new, kept, shown = jax.lax.cond(due, projected, passed, updates, *known)
-        else:  # a condition would be compiled in each step
-            new, kept, shown = (projected if due else passed)(updates, *known)
+        kept, shown = bound.recall(old), _stats.recall(bound, state.memory) if stats else {}
+        treedef = jax.tree.structure(params)
+        new = treedef.flatten_up_to(updates)
+        for turn, part in enumerate(turns):
+            due = True if every == 1 else state.updates_seen % every == (turn - 1) % every
+            # Only what may change: a condition copies what passes through it.
+            own = part.constrained
+            places = {place for leaf in own.values() for place in leaf.places}
+            came = [u if i in places else optax.MaskedNode() for i, u in enumerate(new)]
+            known = ({k: x for k, x in tree.items() if k in own} for tree in (kept, shown))
+            given = treedef.unflatten(came), *known
+            if isinstance(due, Tracer):
+                branches = (functools.partial(branch, part) for branch in (projected, passed))
+                after, *known = jax.lax.cond(due, *branches, *given)
+            else:  # a condition would be compiled in each step
+                after, *known = (projected if due else passed)(part, *given)
+            after = treedef.flatten_up_to(after)
+            new = [after[i] if i in places else u for i, u in enumerate(new)]
+            kept, shown = kept | known[0], shown | known[1]
         memory = _stats.kept(state.memory, kept, shown) if stats else like_before(old, kept)
         seen = jnp.asarray(optax.safe_increment(state.updates_seen))
-        return new, state._replace(updates_seen=seen, memory=memory)
+        return treedef.unflatten(new), state._replace(updates_seen=seen, memory=memory)
 
     tx = optax.GradientTransformationExtraArgs(init, update)
     return with_kept_params(tx, bind) if keep_params else tx
@@ -230,6 +255,7 @@ def constrain(
             it the weights given here are those at init.
         extra: What `arg` reads, by name: the extra arguments of `tx.update`.
         layout: What `layout(model)` of `optax_constraints.flax` says of each leaf.
+        mesh: As for `project`.
         strict: Whether a rule that matches no leaf is an error. `False` is for trees seen
             in part.
 
@@ -264,9 +290,7 @@ def bound_now(
     return bind, bind.start(params) if state is None else memory_in(state)
 
 
-def advance(
-    constraint: Constraint, weights: Any, memory: Any, done: Any = None
-) -> tuple[Any, Any]:
+def advance(constraint: Constraint, weights: Any, memory: Any, done: Any = None) -> tuple[Any, Any]:
     """What `constrain` puts in the place of weights, and what to remember."""
     return constraint.advance(weights, memory) if done is None else done
 
@@ -289,9 +313,7 @@ def constrain_bound(
     bound, now = bind(params), {"step": step, "extra": extra}
     old, shown = parted(memory)
     divides = function is advance
-    new, kept = bound.map(
-        function, params, bound.recall(old), mesh=mesh, divides=divides, **now
-    )
+    new, kept = bound.map(function, params, bound.recall(old), mesh=mesh, divides=divides, **now)
     if shown is None:
         return new, like_before(memory, kept)
     shown = _stats.of_weights(bound, before, params, new, memory, **now)

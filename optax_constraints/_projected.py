@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optax_constraints._axes import Layout
 from optax_constraints._constraint import Constraint, moved
+from optax_constraints._divided import AnyMesh
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._moments import Moment, field_names, map_first_moments
 from optax_constraints._patterns import Rules
@@ -26,10 +27,11 @@ def projected(
     *,
     transport: bool | Collection[str] = True,
     every: int = 1,
-    layout: Layout | None = None,
-    strict: bool = True,
     stats: bool = False,
     keep_params: bool = False,
+    layout: Layout | None = None,
+    mesh: AnyMesh | None = None,
+    strict: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps stay in their sets, and whose momentum comes along.
 
@@ -57,10 +59,11 @@ def projected(
         transport: Whether first moments come along; or, for an optimizer of your own, the names
             of the fields in which its states hold them, instead of those above.
         every: As for `project`. On the steps between, moments stay as they are.
-        layout: As for `project`.
-        strict: As for `project`.
         stats: As for `project`: for `stats(state)`.
         keep_params: As for `project`, but of all leaves, since an optimizer may need them.
+        layout: As for `project`.
+        mesh: As for `project`, for its projections. Tangents are taken where the weights are.
+        strict: As for `project`.
 
     Returns:
         The transformation. Its `update` needs `params`, except with ``keep_params=True``, and hands
@@ -87,7 +90,7 @@ def projected(
     chain: Any = optax.chain(
         tangent(rules, layout=layout, strict=strict),
         _check_optimizer(optimizer),
-        project(rules, every=every, layout=layout, strict=strict, stats=stats),
+        project(rules, every=every, stats=stats, layout=layout, mesh=mesh, strict=strict),
     )
     if fields is not None and not fields:
         return with_kept_params(chain) if keep_params else chain

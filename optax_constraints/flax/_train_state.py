@@ -11,6 +11,7 @@ from flax.training import train_state
 
 from optax_constraints import _stats
 from optax_constraints._axes import LeafLayout
+from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._lost_steps import warn_of_lost_steps
 from optax_constraints._patterns import Rules
 from optax_constraints._project import constrain_bound
@@ -51,6 +52,8 @@ class TrainState(train_state.TrainState):
     """As for `project`, in a box that hashes, and is equal to that of equal rules."""
     layout: Any = struct.field(pytree_node=False, kw_only=True, default=None)
     """As for `project`, in a box."""
+    mesh: Any = struct.field(pytree_node=False, kw_only=True, default=None)
+    """As for `project`."""
     memory: Any = struct.field(kw_only=True, default=())
     """By path, what constraints remember of their leaves, such as norms at init; with
     ``stats=True`` that beside the statistics."""
@@ -79,7 +82,7 @@ class TrainState(train_state.TrainState):
         bind = binder(self.rules, self.layout)
         before, _ = _parameters(self.params)
         params, memory = constrain_bound(
-            inner, bind, self.memory, step=self.step, extra=extra, before=before
+            inner, bind, self.memory, step=self.step, extra=extra, before=before, mesh=self.mesh
         )
         return new.replace(params=rebuild(params), memory=memory)
 
@@ -92,6 +95,7 @@ class TrainState(train_state.TrainState):
         tx: optax.GradientTransformation,
         rules: Rules = None,
         layout: Mapping[str, LeafLayout] | None = None,
+        mesh: AnyMesh | None = None,
         stats: bool = False,
         **kwargs: Any,
     ) -> "TrainState":
@@ -103,6 +107,7 @@ class TrainState(train_state.TrainState):
             tx: The optimizer.
             rules: As for `project`; usually `declared(model, x)`.
             layout: As for `project`; usually `layout(model, x)`.
+            mesh: As for `project`.
             stats: As for `project`; an update is here what the weights moved by.
             **kwargs: Fields of a subclass.
 
@@ -135,6 +140,7 @@ class TrainState(train_state.TrainState):
             tx=tx,
             rules=held[0],
             layout=held[1],
+            mesh=check_mesh("TrainState.create", mesh),
             memory=memory,
             **kwargs,
         )

@@ -39,6 +39,7 @@ from flax.nnx.training.optimizer import to_opt_state
 from optax_constraints import _stats
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
 from optax_constraints._constraint import Constraint
+from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._lost_steps import warn_of_lost_steps
 from optax_constraints._patterns import Rules
 from optax_constraints._project import constrain_bound
@@ -524,6 +525,7 @@ class Optimizer(nnx.Optimizer):
         rules: Which leaf is under which constraint, as for `project`; by default what the
             model's layers declare, as far as it is trained.
         layout: By default that of the model.
+        mesh: As for `project`.
         stats: As for `project`; an update is here what the weights moved by.
         **options: Further arguments of `nnx.Optimizer`.
 
@@ -553,6 +555,7 @@ class Optimizer(nnx.Optimizer):
         wrt: Any = nnx.Param,
         rules: Rules = None,
         layout: Layout | None = None,
+        mesh: AnyMesh | None = None,
         stats: bool = False,
         **options: Any,
     ):
@@ -571,6 +574,7 @@ class Optimizer(nnx.Optimizer):
                 )
         self._rules = HeldRules(rules)
         self._layout = HeldLayout(_layout_of(model) if layout is None else layout)
+        self._mesh = check_mesh("Optimizer", mesh)
         bind = self._bind()
         # Raises if the rules do not fit.
         memory = _stats.start(bind, params) if stats else bind.start(params)
@@ -606,6 +610,7 @@ class Optimizer(nnx.Optimizer):
             step=step,
             extra=kwargs,
             before=before,
+            mesh=self._mesh,
         )
         nnx.update(model, params)
         jax.tree.map(_set, self.memory, memory, is_leaf=_is_variable)
