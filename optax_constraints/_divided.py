@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_constraints._constraint import Constraint
@@ -71,40 +70,37 @@ def divided(work: Sequence[Work], mesh: AnyMesh | None) -> list[Done | None]:
         there is no mesh, or no other matrix of this shape.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
-    items = [_items(own) for own in work]
-    for i, (own, (constraint, *arrays)) in enumerate(zip(work, items, strict=True)):
-        # Of what numbers matrices, the length may differ.
-        kinds = tuple((x.shape[1:], x.dtype) for x in jax.tree.leaves(arrays))
-        key = own.key, type(constraint), kinds, jax.tree.structure(arrays), _mesh_of(own, mesh)
-        groups.setdefault(key, []).append(i)
+    for i, own in enumerate(work):
+        groups.setdefault(_kind(own, mesh), []).append(i)
     done: list[Done | None] = [None] * len(work)
-    for (*_, here), places in groups.items():
-        lengths = tuple(items[i][1].shape[0] for i in places)
-        if here is None or sum(lengths) < 2:
+    for (_, _, here, numbered, *_), places in groups.items():
+        arrays = tuple((work[i].weights, work[i].memory) for i in places)
+        if here is None or sum(w.shape[0] if numbered else 1 for w, _ in arrays) < 2:
             continue
-        constraint = items[places[0]][0]
-        arrays = tuple(items[i][1:] for i in places)
-        weights = arrays[0][0]
-        run = functools.partial(_run, mesh=here, ends=bool(explicit_axes(weights)))
-        new = automatic(run, weights, arrays, constraint, like=arrays)
-        for i, own in zip(places, new, strict=True):
-            done[i] = _whole(work[i], *own)
+        first = arrays[0][0]
+        constraint = work[places[0]].constraint
+        if numbered and isinstance(constraint, Stacked):
+            constraint = constraint.constraint
+        run = functools.partial(_run, mesh=here, numbered=numbered, ends=bool(explicit_axes(first)))
+        results = automatic(run, first, arrays, constraint, like=arrays)
+        for i, result in zip(places, results, strict=True):
+            done[i] = Done(*result)
     return done
 
 
-def _items(own: Work) -> tuple[Constraint, jax.Array, Any]:
-    """The constraint of one matrix, and the matrices and memories, numbered by their first axis."""
-    constraint, weights, memory = own.constraint, own.weights, own.memory
-    if _is_numbered(constraint, weights):
-        inner = constraint.constraint if isinstance(constraint, Stacked) else constraint
-        return inner, weights, memory
-    return constraint, *jax.tree.map(lambda x: x[None], (weights, memory))
-
-
-def _whole(own: Work, weights: jax.Array, memory: Any) -> Done:
-    if _is_numbered(own.constraint, own.weights):
-        return Done(weights, memory)
-    return Done(*jax.tree.map(lambda x: x[0], (weights, memory)))
+def _kind(own: Work, mesh: AnyMesh | None) -> tuple[Any, ...]:
+    """What is the same for leaves that are divided together."""
+    numbered = _is_numbered(own.constraint, own.weights)
+    leaves, structure = jax.tree.flatten((own.weights, own.memory))
+    # Of what numbers matrices, the length may differ.
+    kinds = tuple((x.shape[numbered:], x.dtype) for x in leaves)
+    here = _mesh_of(own, mesh)
+    where = None
+    if not isinstance(own.weights, Tracer):
+        where = own.weights.sharding
+    elif explicit_axes(own.weights):
+        where = jax.typeof(own.weights).sharding
+    return own.key, type(own.constraint), here, numbered, kinds, structure, where
 
 
 def _is_numbered(constraint: Constraint, weights: jax.Array) -> bool:
@@ -133,26 +129,29 @@ def _mesh_of(own: Work, mesh: AnyMesh | None) -> AnyMesh | None:
     return None if mesh is None or mesh.empty or mesh.size < 2 else mesh
 
 
-def _run(_: Any, arrays: Any, constraint: Constraint, *, mesh: AnyMesh, ends: bool) -> Any:
-    if not isinstance(jax.tree.leaves(arrays)[0], Tracer):
-        return _compiled(arrays, constraint, mesh, ends)
-    here = jax.sharding.get_abstract_mesh()
-    return _divided(arrays, constraint, mesh if here.empty else here, ends)
+def _run(_: Any, arrays: Any, constraint: Constraint, **how: Any) -> Any:
+    eager = not isinstance(jax.tree.leaves(arrays)[0], Tracer)
+    return (_compiled if eager else _divided)(arrays, constraint, **how)
 
 
-def _divided(arrays: Any, constraint: Constraint, mesh: AnyMesh, ends: bool) -> Any:
+def _divided(
+    arrays: Any, constraint: Constraint, *, mesh: AnyMesh, numbered: bool, ends: bool
+) -> Any:
     """Matrices and memories as `constraint.aim` leaves them.
 
     Args:
-        arrays: A pair of matrices and memories for each leaf, numbered by first axes.
+        arrays: The weights and the memory of each leaf.
         constraint: That of one matrix.
-        mesh: The mesh, with Auto axes.
+        mesh: The mesh. If it has Explicit axes, that around this call has Auto ones.
+        numbered: Whether first axes number matrices.
         ends: Whether it is said elsewhere how the results are sharded.
 
     Returns:
         A pair for each leaf, sharded like it.
     """
-    lengths = [weights.shape[0] for weights, _ in arrays]
+    around = jax.sharding.get_abstract_mesh()
+    mesh = mesh if around.empty else around
+    lengths = [weights.shape[0] if numbered else 1 for weights, _ in arrays]
     # Layers that are numbered already may stay where they are, if it is said where they end.
     stays = len(lengths) == 1 and ends
     # An axis of an array that is split over several axes of the mesh usually names them in their
@@ -167,6 +166,8 @@ def _divided(arrays: Any, constraint: Constraint, mesh: AnyMesh, ends: bool) -> 
         return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def out(*parts: jax.Array) -> jax.Array:
+        if not numbered:
+            parts = tuple(part[None] for part in parts)
         stack = parts[0]
         if not stays:
             stack = place(jnp.concatenate([place(part, 0) for part in parts]), 0)
@@ -178,6 +179,8 @@ def _divided(arrays: Any, constraint: Constraint, mesh: AnyMesh, ends: bool) -> 
     def back(stack: jax.Array) -> list[jax.Array]:
         for over in reversed(range(stays, len(names))):
             stack = place(stack, over)
+        if not numbered:
+            return [stack[i] for i in range(len(lengths))]
         stops = itertools.accumulate(lengths)
         return [stack[stop - n : stop] for n, stop in zip(lengths, stops, strict=True)]
 
@@ -190,8 +193,11 @@ def _divided(arrays: Any, constraint: Constraint, mesh: AnyMesh, ends: bool) -> 
         check_vma=False,
     )(constraint, weights, memory)
     leaves, treedef = jax.tree.flatten((weights, memory))
-    new = [treedef.unflatten(own) for own in zip(*map(back, leaves), strict=True)]
-    return jax.tree.map(lambda old, new: shard_alike(old, new)[1], arrays, tuple(new))
+    new = tuple(treedef.unflatten(own) for own in zip(*map(back, leaves), strict=True))
+    # What is sharded alike, the partitioner tells by what stands in one operation: here one that
+    # does nothing, and is gone afterwards.
+    always = lax.optimization_barrier(jnp.array(True))
+    return jax.tree.map(lambda old, new: jnp.where(always, new, old), arrays, new)
 
 
-_compiled = jax.jit(_divided, static_argnums=(2, 3))
+_compiled = jax.jit(_divided, static_argnames=("mesh", "numbered", "ends"))

@@ -297,7 +297,7 @@ class Bindings:
             same = object() if bound.needs_args else bound.constraint
             total = weights if update is None else moved(weights, update)
             work[key] = Work(same, constraint, total, memory)
-        done = divided(list(work.values()), mesh) if len(work) > 0 else []
+        done = divided(list(work.values()), mesh)
         return {k: new for k, new in zip(work, done, strict=True) if new is not None}
 
 

@@ -5,12 +5,13 @@ what it checked and what failed as one line of JSON.
 """
 
 import collections
+import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -484,6 +485,83 @@ def groups_of_leaves(checks: Checks, mesh: Mesh, kind: str) -> None:
             checks.that(rows[0].units, kind, str(rows))
 
 
+DIVIDED = {
+    "orthogonal": (oc.orthogonal(), P("x", "y")),
+    "around": (oc.around(oc.nuclear_norm_ball(0.5)), P("x", None)),
+    "max_spectral_norm": (oc.max_spectral_norm(lambda step: 2.0 - step), P()),
+    "transport": (oc.transport(np.linspace(0.5, 1.5, 32) / 4, np.ones(8)), P(None, ("x", "y"))),
+    "stacked": (oc.stacked(oc.low_rank(2)), P(None, "x", "y")),
+}
+
+
+class Cubes(oc.Constraint):
+    """A map with as much work for each matrix, which a compiled program counts."""
+
+    spreads = True
+
+    def __call__(self, w: Any, /) -> jax.Array:
+        return w @ (w.T @ w)
+
+
+def matrices(
+    checks: Checks, mesh: Mesh, kind: str, given: Mesh | None, names: Iterable[str] = DIVIDED
+) -> None:
+    """Matrices of one shape, divided over a mesh that is given or that of `jax.set_mesh`."""
+    rng = np.random.default_rng(0)
+
+    def inside() -> Any:
+        return contextlib.nullcontext() if given is not None else jax.set_mesh(mesh)
+
+    for name in names:
+        constraint, spec = DIVIDED[name]
+        shape = (3, 32, 8) if name == "stacked" else (32, 8)
+        many = 3 if name == "stacked" else 9
+        weights = {f"{i}": rng.normal(size=shape).astype(np.float32) for i in range(many)}
+
+        def step(params, mesh=None, constraint=constraint):
+            tx = oc.project(constraint, mesh=mesh, stats=True)
+            updates, state = tx.update(params, tx.init(params), params)
+            return optax.apply_updates(params, updates), state
+
+        want = jax.jit(step)(jax.device_put(weights, jax.local_devices()[0]))
+        params = {n: put(w, mesh, spec) for n, w in weights.items()}
+        with inside():
+            program = jax.jit(step, static_argnums=1).lower(params, given).compile()
+        moved = collectives(program.as_text())
+        checks.that(moved, kind, f"{name}: nothing is divided")
+        if name in ("orthogonal", "stacked", "transport"):  # which are split over all devices
+            gathers = [n for what, n in moved if what == "all-gather" and n > math.prod(shape)]
+            checks.that(not gathers, kind, f"{name}: {moved}")
+        got, state = program(params)
+        checks.close(kind, "others", (got, state), want)
+        for n, w in got.items():
+            same = w.sharding.is_equivalent_to(params[n].sharding, w.ndim)
+            checks.that(same, kind, f"{name}: {n} is now {w.sharding}")
+        # What is inside is the projection of itself, also outside of `jit`.
+        if name == "around":
+            with inside():
+                again = oc.constrain(got, constraint, mesh=given, state=state)
+            checks.close(kind, "others", again, want[0])
+    params = {f"{i}": put(rng.normal(size=(32, 32)), mesh, P("x", "y")) for i in range(16)}
+    work = jax.jit(Cubes()).lower(np.zeros((32, 32), np.float32)).compile()
+
+    def cubes(params):
+        return oc.constrain(params, Cubes(), mesh=given)
+
+    with inside():
+        program = jax.jit(cubes).lower(params).compile()
+    flops = [cast(Any, p.cost_analysis())["flops"] for p in (program, work)]
+    part = flops[0] / (16 / mesh.size * flops[1])
+    checks.that(part < 1.1, kind, f"{part} of a part of the work")
+    # Also where they are sharded in different ways, a leaf stays where it is.
+    params = {n: put(w, mesh, P("y", "x")) if int(n) % 2 else w for n, w in params.items()}
+    with inside():
+        got = jax.jit(cubes)(params)
+    for n, w in got.items():
+        same = w.sharding.is_equivalent_to(params[n].sharding, w.ndim)
+        checks.that(same, kind, f"mixed: {n} is now {w.sharding}")
+
+
 def every_set(checks: Checks) -> None:
     """Each exported set is in one of the groups."""
     used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
@@ -548,6 +626,12 @@ def main() -> None:
     jax.config.update("jax_use_shardy_partitioner", True)
     checks = Checks()
     every = [group for group in GROUPS if group != "processes"]
+    if sys.argv[1:] == ["matrices"]:
+        jax.config.update("jax_num_cpu_devices", 8)
+        mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+        matrices(checks, mesh, "matrices", mesh, ["orthogonal", "around"])
+        print(json.dumps({"failed": checks.failed, "passed": checks.passed}))
+        return
     if not sys.argv[1:] or sys.argv[1] in every:
         jax.config.update("jax_num_cpu_devices", 8)
         shape, groups = (4, 2), sys.argv[1:] or every
@@ -562,14 +646,19 @@ def main() -> None:
         self_test(checks, mesh)
         every_set(checks)
         groups_of_leaves(checks, mesh, "groups")
+        if groups == every:
+            matrices(checks, mesh, "matrices", mesh)
         if groups == every and hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7
             explicit_axes(checks)
             kinds = (jax.sharding.AxisType.Explicit,) * 2
             explicit = jax.make_mesh(shape, ("x", "y"), axis_types=kinds)
             with jax.set_mesh(explicit):
                 groups_of_leaves(checks, explicit, "groups on explicit axes")
-    elif jax.process_count() == 2:
-        hyperparameters(checks, mesh)
+            matrices(checks, explicit, "matrices on explicit axes", None)
+    else:
+        matrices(checks, mesh, "matrices", mesh)
+        if jax.process_count() == 2:
+            hyperparameters(checks, mesh)
     for group in groups:
         train(checks, group, mesh)
     print(json.dumps({"failed": checks.failed, "passed": checks.passed, "worst": checks.worst}))

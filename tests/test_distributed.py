@@ -22,6 +22,8 @@ def run(*arguments: tuple[object, ...], timeout: float) -> list[dict]:
     # JAX 0.6 starts programs from a cache so quickly that devices with few cores between them can
     # wait for one another for ever.
     env["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+    # Devices that wait for one another take a thread each, and those of XLA are as many as cores.
+    env["NPROC"] = "16"
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     workers = [
         subprocess.Popen(
@@ -47,6 +49,7 @@ def run(*arguments: tuple[object, ...], timeout: float) -> list[dict]:
             stop(worker)
     for worker, (_, stderr) in zip(workers, said, strict=True):
         assert worker.returncode == 0, "\n".join(stderr[-3000:] for _, stderr in said)
+    assert not any("Involuntary" in stderr for _, stderr in said)  # what is gathered in vain
     return [json.loads(stdout.splitlines()[-1]) for stdout, _ in said]
 
 
@@ -85,12 +88,20 @@ def test_two_groups_on_eight_devices():
     assert report["passed"]["equality"] > 100
 
 
+@without_x64
+def test_matrices_are_divided():
+    """No device projects a matrix that another one does; two sets stand for all of them."""
+    (report,) = run(("matrices",), timeout=300)
+    check(report, "matrices")
+    assert report["passed"]["matrices"] > 300
+
+
 @pytest.mark.slow
 @without_x64
 def test_eight_devices():
     """Norms and sums move vectors only, elementwise sets nothing; all equal a single device."""
     (report,) = run((), timeout=900)
-    explicit = ["explicit axes", "groups on explicit axes"]
+    explicit = ["explicit axes", "groups on explicit axes", "matrices on explicit axes"]
     check(
         report,
         "self-test",
@@ -102,6 +113,7 @@ def test_eight_devices():
         "collectives",
         "constrain and violations",
         "groups",
+        "matrices",
         *(explicit if hasattr(jax.sharding, "auto_axes") else []),
     )
     # One group of sets for each of these.
@@ -115,7 +127,7 @@ def test_processes(count):
     """Each process has its shards of what a single device has."""
     port = free_port()
     reports = run(*((port, count, process) for process in range(count)), timeout=600)
-    kinds = ["equality", "shardings", "donation", "compilations", "collectives"]
+    kinds = ["equality", "shardings", "donation", "compilations", "collectives", "matrices"]
     for report in reports:
         check(report, *kinds, *(["hyperparameters", "texts"] if count == 2 else []))
         assert report["passed"]["equality"] > 20
