@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from typing import Any
 
 import chex
 import jax
@@ -213,6 +215,70 @@ def test_every_keeps_dtypes_on_all_steps():
     for _ in range(2):
         new, state = tx.update(jnp.ones((3, 2), jnp.bfloat16), state, params)
         assert jnp.asarray(new).dtype == jnp.float32
+
+
+SIZES = {"a": 60, "b": 30, "c": 20, "d": 20, "free": 5, "e": 10, "f": 1}
+
+
+def staggered(steps: int, every: int = 3, save: int = -1, **options: Any) -> tuple[Any, list[Any]]:
+    """The last state, and for each step the norms that leaves end with; updates lead outside."""
+    rules = {
+        **dict.fromkeys(("/a", "/b", "/c", "/d"), oc.max_norm(lambda step: 1.0 + step, axis=None)),
+        "/e": oc.fixed_norm("init"),
+        "/f": oc.box(-2.0, 2.0),
+    }
+    params = {name: jnp.full(size, -1.0) for name, size in SIZES.items()}
+    tx = oc.project(rules, every=every, stagger=True, **options)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(lambda w: 8 * w, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, seen = tx.init(params), []
+    for i in range(steps):
+        if i == save:  # as it comes back from a file
+            state = oc.ProjectState(*jax.device_get(state))
+        params, state = step(params, state)
+        seen.append({name: float(jnp.linalg.norm(w)) for name, w in params.items()})
+    return state, seen
+
+
+def test_a_staggered_leaf_is_projected_once_in_k_steps():
+    before = {name: size**0.5 for name, size in SIZES.items()}
+    when: dict[str, list[int]] = {name: [] for name in SIZES}
+    for step, lengths in enumerate(staggered(7)[1]):
+        for name, norm in lengths.items():
+            if norm < 5 * before[name]:  # else nine times as long
+                when[name].append(step)
+                bound = {"e": 10**0.5, "f": 2}.get(name, 1 + step)
+                np.testing.assert_allclose(norm, bound, rtol=1e-5)
+        before = lengths
+    assert when.pop("free") == []
+    assert all(np.all(np.diff(steps) == 3) and len(steps) > 1 for steps in when.values())
+    # The largest by itself, and the others where there is least: 60; 30, 10 and 1; 20 and 20.
+    turns = {frozenset(n for n in when if when[n][0] == step) for step in range(3)}
+    assert turns == {frozenset("a"), frozenset("bef"), frozenset("cd")}
+
+
+def test_staggered_steps_go_on_from_a_saved_state():
+    (_, want), (_, got) = staggered(6), staggered(6, save=4)
+    assert got == want
+
+
+def test_statistics_of_staggered_leaves_are_those_of_their_last_projection():
+    state, _ = staggered(4, stats=True)
+    measured = oc.stats(state)
+    assert sorted(measured) == sorted(set(SIZES) - {"free"})
+    assert all(leaf.correction > 0 and leaf.update > 0 for leaf in measured.values())
+    fresh, _ = staggered(1, stats=True)
+    assert sum(leaf.update > 0 for leaf in oc.stats(fresh).values()) < len(measured)
+
+
+def test_stagger_with_more_steps_than_leaves():
+    seen = staggered(8, every=7)[1]
+    lengths = [step["a"] for step in seen]
+    assert sum(after < before for before, after in itertools.pairwise(lengths)) == 1
 
 
 @pytest.mark.parametrize(("every", "error"), [(0, ValueError), (-1, ValueError)])
