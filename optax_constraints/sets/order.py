@@ -287,7 +287,9 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
             matrix = (block[:, None] == block[None, :]).astype(x.dtype)
             return jnp.broadcast_to(matrix, (copies, size, size))
 
-        within = same(inner, jnp.minimum(level + 1, inner_bits), 2 * outer)
+        # Of few units copies of the matrix would be larger than what they are multiplied by.
+        few = units < inner
+        within = same(inner, jnp.minimum(level + 1, inner_bits), 1 if few else 2 * outer)
         across = same(outer, jnp.maximum(level + 1 - inner_bits, 0), 2)
 
         def mean(parts: jax.Array, counted: jax.Array) -> jax.Array:
@@ -295,7 +297,10 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
             # Not `jnp.sum`, for which the CPU would write down the parts once more.
             sums = [sum(a[:, i] for i in range(8)) for a in (parts, counted.astype(x.dtype))]
             both = jnp.stack(sums).reshape(2 * outer, inner, units)
-            both = jnp.matmul(within, both, precision=_EXACT)
+            if few:
+                both = jnp.einsum("ij,bju->biu", within[0], both, precision=_EXACT)
+            else:
+                both = jnp.matmul(within, both, precision=_EXACT)
             both = jnp.matmul(across, both.reshape(2, outer, -1), precision=_EXACT)
             total, count = both.reshape(2, eights, units)
             return total / jnp.maximum(count, 1)
