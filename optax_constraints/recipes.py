@@ -18,6 +18,8 @@ from optax_constraints import _numerics
 from optax_constraints._args import arg
 from optax_constraints._axes import Axis, Layout, check_axis, layout_of, settle_axis
 from optax_constraints._constraint import Constraint
+from optax_constraints._fused_adam import FusedOptimizer as FusedOptimizer
+from optax_constraints._fused_adam import fused_adam as fused_adam
 from optax_constraints._patterns import Pattern, is_floating, parse, unmatched
 from optax_constraints._project import project
 from optax_constraints._text import describe, shown
