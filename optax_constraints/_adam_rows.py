@@ -75,32 +75,23 @@ def adam_rows(
     return _over_devices(scalars, p, g, m, v, norms, structure, length, remembers, interpret)
 
 
-def _stepped(
-    scalars: Any,
-    arrays: Any,
-    at_init: Any,
-    structure: Any,
-    length: int,
-    *,
-    dtype: jnp.dtype,
-    inside: Any = True,
-    axes: tuple[str, ...] = (),
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step in float32, of rows that are split over `axes` of a mesh."""
-    numbers, constraint = jax.tree.unflatten(structure, scalars)
+def _adam(numbers: Numbers, arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A step of AdamW, in float32; weights are rounded to their dtype."""
     p, g, m, v = (x.astype(jnp.float32) for x in arrays)
     (b1, b2), (gain1, gain2), (correction1, correction2) = numbers[1:4]
     m = gain1 * g + b1 * m
     v = gain2 * jnp.square(g) + b2 * v
     step = m / correction1 / (jnp.sqrt(v / correction2) + numbers.eps)
     moved = p - numbers.learning_rate * (step + numbers.weight_decay * p)
-    moved = jnp.where(inside, moved.astype(dtype).astype(jnp.float32), 0)
-    largest = jnp.max(jnp.abs(moved), axis=1, keepdims=True)
-    down, up = _powers_of_two(lax.pmax(largest, axes) if axes else largest)
-    squares = jnp.sum(jnp.square(moved * down), axis=1, keepdims=True)
-    squares = lax.psum(squares, axes) if axes else squares
+    return moved.astype(arrays[0].dtype), m, v
+
+
+def _scale(constraint: Any, w: jax.Array, at_init: jax.Array | None, length: int) -> jax.Array:
+    """The factors of rows, by norms whose squares stay in the range of float32."""
+    down, up = _powers_of_two(jnp.max(jnp.abs(w), axis=1, keepdims=True))
+    squares = jnp.sum(jnp.square(w * down), axis=1, keepdims=True)
     norm = jnp.sqrt(squares) * up / constraint._one(length)
-    return moved * constraint._scale(norm, norm if at_init is None else at_init), m, v
+    return constraint._scale(norm, norm if at_init is None else at_init)
 
 
 def _powers_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,16 +125,13 @@ def _kernel(
     def kernel(scalars: Any, p: Any, g: Any, m: Any, v: Any, norms: Any, *new: Any) -> None:
         row = pl.program_id(0) * height + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         inside = (row < rows) & (lax.broadcasted_iota(jnp.int32, (1, width), 1) < length)
-        results = _stepped(
-            [scalars[i] for i in range(scalars.shape[0])],
-            [_load(x, inside) for x in (p, g, m, v)],
-            _load(norms, row < rows) if remembers else None,
-            structure,
-            length,
-            dtype=p.dtype,
-            inside=inside,
-        )
-        for ref, x in zip(new, results, strict=True):
+        own = [scalars[i] for i in range(scalars.shape[0])]
+        numbers, constraint = jax.tree.unflatten(structure, own)
+        w, *moments = _adam(numbers, [_load(x, inside) for x in (p, g, m, v)])
+        w = jnp.where(inside, w.astype(jnp.float32), 0)
+        at_init = _load(norms, row < rows) if remembers else None
+        w = w * _scale(constraint, w, at_init, length)
+        for ref, x in zip(new, (w, *moments), strict=True):
             _store(ref, x.astype(ref.dtype), inside)
 
     block = pl.BlockSpec((height, width), lambda i: (i, 0))
@@ -188,10 +176,12 @@ def _divided(
         if not axes:
             return _kernel(scalars, *arrays, structure, length, remembers, interpret)
         *arrays, norms = arrays
-        at_init = norms if remembers else None
-        dtype = arrays[0].dtype
-        new = _stepped(list(scalars), arrays, at_init, structure, length, dtype=dtype, axes=axes)
-        return tuple(x.astype(arrays[i].dtype) for x, i in zip(new, (0, 2, 3), strict=True))
+        numbers, constraint = jax.tree.unflatten(structure, list(scalars))
+        w, *moments = _adam(numbers, arrays)
+        split = constraint._replace(axis=(1,), axis_name=axes)
+        w, _ = split.advance(w, norms if remembers else ())
+        dtypes = (arrays[i].dtype for i in (0, 2, 3))
+        return tuple(x.astype(d) for x, d in zip((w, *moments), dtypes, strict=True))
 
     whole = NamedSharding(mesh, PartitionSpec(None))
     return mesh, part, (array,) * 3, (whole, *(array,) * 4, column)

@@ -34,7 +34,7 @@ class FusedOptimizer(NamedTuple):
     init: Callable[..., Any]
     """``init(params)``: the state."""
     step: Callable[..., tuple[Any, Any]]
-    """``step(grads, state, params, **extra)``: the new parameters and state."""
+    """``step(params, state, grads, **extra)``: the new parameters and state."""
 
 
 def fused_adam(
@@ -75,7 +75,7 @@ def fused_adam(
             tests.
 
     Returns:
-        Two functions, ``init(params)`` and ``step(grads, state, params, **extra)``. The state is
+        Two functions, ``init(params)`` and ``step(params, state, grads, **extra)``. The state is
         that of ``optax.chain(optax.adam(...), project(rules))``, with `optax.adamw` if there is
         weight decay, so that either can go on from a checkpoint of the other.
 
@@ -90,8 +90,8 @@ def fused_adam(
         >>> from optax_constraints import recipes
         >>> adam = recipes.fused_adam(0.1, oc.unit_norm(axis=-1))
         >>> w = jnp.array([[0.6, 0.8]])
-        >>> step = jax.jit(adam.step, donate_argnums=(1, 2))
-        >>> w, state = step(jnp.array([[1.0, 0.0]]), adam.init(w), w)
+        >>> step = jax.jit(adam.step, donate_argnums=(0, 1))
+        >>> w, state = step(w, adam.init(w), jnp.array([[1.0, 0.0]]))
         >>> print(f"{jnp.linalg.norm(w):.4f}")
         1.0000
     """
@@ -101,14 +101,14 @@ def fused_adam(
         adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     bind = Binder(rules, layout=layout)
 
-    def step(grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         bound, treedef = bind(params), jax.tree.structure(params)
 
         def at_places(tree: Any, values: Mapping[int, Any]) -> Any:
             leaves = treedef.flatten_up_to(tree)
             return treedef.unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)])
 
-        def in_rows(grads: Any, state: Any, params: Any) -> dict[int, tuple[Visit, Any]]:
+        def in_rows(params: Any, state: Any, grads: Any) -> dict[int, tuple[Visit, Any]]:
             (moments, *_), last = state
             trees = map(treedef.flatten_up_to, (params, grads, moments.mu, moments.nu))
             arrays = list(zip(*trees, strict=True))
@@ -118,7 +118,7 @@ def fused_adam(
             }
             return {i: (v, arrays[i]) for i, v in visits.items() if _fits(v, *arrays[i])}
 
-        def apart(grads: Any, state: Any, params: Any, done: Mapping[int, Any] = _NOTHING) -> Any:
+        def apart(params: Any, state: Any, grads: Any, done: Mapping[int, Any] = _NOTHING) -> Any:
             """Adam, then `constrain`, for all leaves but those that are done."""
             (moments, *rest), last = state
             absent = dict.fromkeys(done, optax.MaskedNode())
@@ -143,22 +143,22 @@ def fused_adam(
             last = last._replace(updates_seen=optax.safe_increment(seen), memory=memory)
             return params, ((moments._replace(mu=mu, nu=nu), *rest), last)
 
-        def together(grads: Any, state: Any, params: Any) -> Any:
+        def together(params: Any, state: Any, grads: Any) -> Any:
             """The kernel for what it can take, then the rest."""
             moments, *rest = state[0]
             rate = learning_rate(rest[-1].count) if callable(learning_rate) else learning_rate
             count = optax.safe_increment(moments.count)
             corrections = 1 - b1**count, 1 - b2**count
             numbers = rate, (b1, b2), (1 - b1, 1 - b2), corrections, eps, weight_decay
-            found = in_rows(grads, state, params).items()
+            found = in_rows(params, state, grads).items()
             done = {place: _stepped(*own, numbers, interpret) for place, own in found}
-            return apart(grads, state, params, done)
+            return apart(params, state, grads, done)
 
-        if not in_rows(grads, state, params):
-            return apart(grads, state, params)
+        if not in_rows(params, state, grads):
+            return apart(params, state, grads)
         if interpret:
-            return together(grads, state, params)
-        return lax.platform_dependent(grads, state, params, cuda=together, default=apart)
+            return together(params, state, grads)
+        return lax.platform_dependent(params, state, grads, cuda=together, default=apart)
 
     return FusedOptimizer(optax.chain(adam, project(rules, layout=layout)).init, step)
 
