@@ -183,7 +183,6 @@ def _fits(visit: Visit, p: Any, g: Any, m: Any, v: Any) -> bool:
         and len(dtypes) == 1
         and dtypes < {jnp.dtype("float32"), jnp.dtype("bfloat16")}
         and jnp.promote_types(jnp.result_type(g), *dtypes) in dtypes
-        and all(jnp.ndim(number) == 0 for number in jax.tree.leaves(constraint))
         and not explicit_axes(p)
     )
 
