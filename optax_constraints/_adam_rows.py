@@ -102,7 +102,8 @@ def _powers_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     one, largest = 1 << 23, 253 << 23
     bits = lax.bitcast_convert_type(x, jnp.int32)
     up = jnp.clip(bits & (255 << 23), one, largest)
-    return tuple(lax.bitcast_convert_type(b, jnp.float32) for b in (one + largest - up, up))
+    down = one + largest - up
+    return lax.bitcast_convert_type(down, jnp.float32), lax.bitcast_convert_type(up, jnp.float32)
 
 
 def _kernel(
@@ -172,16 +173,14 @@ def _divided(
     array, column = (NamedSharding(mesh, PartitionSpec(rows, x)) for x in (entries, None))
     axes = () if entries is None else (entries,) if isinstance(entries, str) else entries
 
-    def part(scalars: jax.Array, *arrays: jax.Array) -> Any:
+    def part(scalars: Any, p: Any, g: Any, m: Any, v: Any, norms: Any) -> Any:
         if not axes:
-            return _kernel(scalars, *arrays, structure, length, remembers, interpret)
-        *arrays, norms = arrays
+            return _kernel(scalars, p, g, m, v, norms, structure, length, remembers, interpret)
         numbers, constraint = jax.tree.unflatten(structure, list(scalars))
-        w, *moments = _adam(numbers, arrays)
+        w, first, second = _adam(numbers, (p, g, m, v))
         split = constraint._replace(axis=(1,), axis_name=axes)
         w, _ = split.advance(w, norms if remembers else ())
-        dtypes = (arrays[i].dtype for i in (0, 2, 3))
-        return tuple(x.astype(d) for x, d in zip((w, *moments), dtypes, strict=True))
+        return w, first.astype(m.dtype), second.astype(v.dtype)
 
     whole = NamedSharding(mesh, PartitionSpec(None))
     return mesh, part, (array,) * 3, (whole, *(array,) * 4, column)
@@ -197,11 +196,12 @@ _over_devices.def_partition(
 def _load(ref: Any, mask: jax.Array) -> jax.Array:
     if hasattr(triton, "load"):
         return triton.load(ref, mask=mask, other=0)
-    return pl.load(ref, (slice(None),) * 2, mask=mask, other=0)  # older versions of JAX
+    # Older versions of JAX; pyright knows the newest only.
+    return getattr(pl, "load")(ref, (slice(None),) * 2, mask=mask, other=0)  # noqa: B009
 
 
 def _store(ref: Any, x: jax.Array, mask: jax.Array) -> None:
     if hasattr(triton, "store"):
         triton.store(ref, x, mask=mask)
     else:
-        pl.store(ref, (slice(None),) * 2, x, mask=mask)
+        getattr(pl, "store")(ref, (slice(None),) * 2, x, mask=mask)  # noqa: B009

@@ -96,7 +96,7 @@ def fused_adam(
         1.0000
     """
     check_mesh("fused_adam", mesh)
-    adam = optax.adam(learning_rate, b1, b2, eps)
+    adam: Any = optax.adam(learning_rate, b1, b2, eps)
     if weight_decay:
         adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     bind = Binder(rules, layout=layout)
@@ -124,9 +124,9 @@ def fused_adam(
             absent = dict.fromkeys(done, optax.MaskedNode())
             weights = at_places(params, absent)
             mu, nu = (at_places(x, absent) for x in (moments.mu, moments.nu))
-            updates, (moments, *rest) = adam.update(
-                at_places(grads, absent), (moments._replace(mu=mu, nu=nu), *rest), weights
-            )
+            own = moments._replace(mu=mu, nu=nu), *rest
+            updates, own = adam.update(at_places(grads, absent), own, weights)
+            moments, *rest = own
             weights = optax.apply_updates(weights, updates)
             params, mu, nu = (
                 at_places(tree, {place: own[i] for place, own in done.items()})
@@ -178,7 +178,7 @@ def _fits(visit: Visit, p: Any, g: Any, m: Any, v: Any) -> bool:
     dtypes = {jnp.result_type(x) for x in (p, m, v)}
     return (
         axes == tuple(range(rank - len(axes), rank))
-        and 0 < length <= _LONGEST_ROW
+        and 1 < length <= _LONGEST_ROW
         and 0 < p.size < 2**31
         and len(dtypes) == 1
         and dtypes < {jnp.dtype("float32"), jnp.dtype("bfloat16")}

@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from optax_constraints._sharding import explicit_axes
+
 enable_x64: Any = getattr(jax, "enable_x64", None)
 if enable_x64 is None:  # before JAX 0.8
     enable_x64 = importlib.import_module("jax.experimental").enable_x64
@@ -41,6 +43,28 @@ def sum_of_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     form, and turns a constant beside it into an array of the size of `x`.
     """
     return jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+
+
+def _parts(x: jax.Array, axis: tuple[int, ...] | None) -> int:
+    """In how many parts a GPU takes sums along the first axis that leave the last: columns.
+
+    XLA gives 64 columns to a block of threads. Where that leaves most of the GPU idle, it does not
+    fuse the sums with the optimizer, and reads the weights once more.
+    """
+    if axis is None or 0 not in axis or x.ndim - 1 in axis or explicit_axes(x):
+        return 1
+    parts = 32
+    while parts > 1 and (x.shape[0] % parts or x.shape[0] < 128 * parts):
+        parts //= 2
+    return parts
+
+
+def _sum_of_squares_in_parts(x: jax.Array, axis: tuple[int, ...], parts: int) -> jax.Array:
+    """`sum_of_squares`, first of parts of the first axis."""
+    split = x.reshape(parts, -1, *x.shape[1:])
+    squares = jnp.sum(jnp.square(split), axis=tuple(a + 1 for a in axis), keepdims=True)
+    # Without a barrier XLA makes one sum of the two.
+    return jnp.sum(lax.optimization_barrier(squares), axis=0)
 
 
 def _three_range_norm(
@@ -95,7 +119,10 @@ def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     and the optimizer before it, but not of three.
     """
     with enable_x64(True):
-        return jnp.sqrt(sum_of_squares(x.astype(jnp.float64), axis)).astype(x.dtype)
+        wide, parts = x.astype(jnp.float64), _parts(x, axis)
+        if axis is None or parts == 1:
+            return jnp.sqrt(sum_of_squares(wide, axis)).astype(x.dtype)
+        return jnp.sqrt(_sum_of_squares_in_parts(wide, axis, parts)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -115,7 +142,12 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    return jnp.sqrt(sum_of_squares(x, axis))
+    parts = _parts(x, axis)
+    if axis is None or parts == 1:
+        return jnp.sqrt(sum_of_squares(x, axis))
+    in_parts = functools.partial(_sum_of_squares_in_parts, axis=axis, parts=parts)
+    whole = functools.partial(sum_of_squares, axis=axis)
+    return jnp.sqrt(lax.platform_dependent(x, cuda=in_parts, default=whole))
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -255,6 +287,20 @@ def stored(w: jax.Array) -> jax.Array:
         step = float(held.smallest_subnormal)
         kept = jnp.where(jnp.abs(wide) < float(held.tiny), jnp.round(wide / step) * step, kept)
     return kept.astype(w.dtype)
+
+
+def read_again(x: jax.Array) -> jax.Array:
+    """`x` to the bit, of which a GPU does not keep what was made of it before.
+
+    Where the second pass over weights computes the sum of weights and update as the first did, XLA
+    would keep the sum, which is a copy of the leaf.
+    """
+    return _read_again(x) if isinstance(x, Tracer) else x
+
+
+@functools.partial(jax.jit, inline=True)
+def _read_again(x: jax.Array) -> jax.Array:
+    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
 ARRAYS = np.ndarray, jax.Array

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_constraints as oc
+from optax_constraints import recipes
 
 STEPS = 3
 MATRICES = {
@@ -562,6 +563,31 @@ def matrices(
         checks.that(same, kind, f"mixed: {n} is now {w.sharding}")
 
 
+def fused(checks: Checks, mesh: Mesh) -> None:
+    """The kernel of `fused_adam`, as the interpreter runs it: each device takes its rows."""
+    rng = np.random.default_rng(0)
+    rules = {"max": oc.max_norm(2.0, axis=-1), "init": oc.fixed_norm("init", axis=-1)}
+    adam = recipes.fused_adam(0.1, rules, interpret=True)
+    step = jax.jit(adam.step, donate_argnums=(0, 1))
+    weights = {name: rng.normal(size=(16, 24)).astype(np.float32) for name in rules}
+    grads = jax.tree.map(np.sin, weights)
+    one = jax.device_put(weights, jax.local_devices()[0])
+    want = step(one, adam.init(one), grads)
+    # Of rows that are split, the squares are summed and the largest norm is found.
+    for spec, most in (P(), 0), (P(("x", "y")), 0), (P(None, "x"), 16), (P("x", "y"), 4):
+        params, moved = (
+            {n: put(x, mesh, spec) for n, x in tree.items()} for tree in (weights, grads)
+        )
+        state = placed(adam.init(params), mesh)
+        program = step.lower(params, state, moved).compile()
+        check_moved(checks, f"fused, {spec}", {"step": collectives(program.as_text())}, most)
+        got = program(params, state, moved)
+        checks.close("fused", "others", got, want)
+        for w in got[0].values():
+            same = w.sharding.is_equivalent_to(NamedSharding(mesh, spec), w.ndim)
+            checks.that(same, "fused", f"{spec} is now {w.sharding}")
+
+
 def every_set(checks: Checks) -> None:
     """Each exported set is in one of the groups."""
     used = {type(c) for sets, _ in GROUPS.values() for c in sets.values()} | {oc.Stacked}
@@ -646,6 +672,7 @@ def main() -> None:
         self_test(checks, mesh)
         every_set(checks)
         groups_of_leaves(checks, mesh, "groups")
+        fused(checks, mesh)
         if groups == every:
             matrices(checks, mesh, "matrices", mesh)
         if groups == every and hasattr(jax.sharding, "auto_axes"):  # since JAX 0.7

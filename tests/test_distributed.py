@@ -81,7 +81,7 @@ def test_two_groups_on_eight_devices():
     """Norms and elementwise sets, which stand for all five groups in `make test`."""
     (report,) = run(("norms of leaves", "elementwise"), timeout=300)
     kinds = ["self-test", "every set", "equality", "shardings", "donation", "compilations"]
-    check(report, *kinds, "collectives", "constrain and violations", "groups")
+    check(report, *kinds, "collectives", "constrain and violations", "groups", "fused")
     assert report["passed"]["donation"] == 2
     # Of groups of leaves, the worst is among others.
     assert set(report["worst"]) == {"norms of leaves", "elementwise", "others"}
@@ -113,6 +113,7 @@ def test_eight_devices():
         "collectives",
         "constrain and violations",
         "groups",
+        "fused",
         "matrices",
         *(explicit if hasattr(jax.sharding, "auto_axes") else []),
     )

@@ -152,6 +152,7 @@ def test_which_leaves_the_kernel_takes():
         (0, (2, 16385), jnp.float32, 1),
         (0, (2, 3, 4), jnp.float32, (0, 2)),
         (0, (2, 3), jnp.float32, ()),
+        (0, (2, 1), jnp.float32, 1),
         (0, (2, 3), jnp.float16, 1),
         (0, (0, 3), jnp.float32, 1),
         (0, (2, 0), jnp.float32, 1),

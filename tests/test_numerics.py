@@ -411,6 +411,37 @@ def test_norm_takes_one_sum_on_a_gpu():
         assert cuda.count("stablehlo.reduce(") == tpu.count("stablehlo.reduce(") - 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "parts"),
+    [
+        ((512, 5), (0,), 4),
+        ((256, 3, 5), (0, 1), 2),
+        ((384, 5), (0,), 2),
+        ((255, 5), (0,), 1),
+        ((5, 256), (1,), 1),
+        ((256, 5), None, 1),
+    ],
+)
+def test_columns_are_summed_in_parts_on_a_gpu(shape, axis, parts):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    assert _numerics._parts(w, axis) == parts
+    want = np.sqrt(np.sum(float64(w) ** 2, axis=axis, keepdims=True))
+    np.testing.assert_allclose(_numerics._wide_norm(w, axis), want, rtol=1e-6)
+    if axis and parts > 1:
+        squares = _numerics._sum_of_squares_in_parts(w, axis, parts)
+        np.testing.assert_allclose(squares, want**2, rtol=1e-6)
+    # As one leaf after the other, and in a chain, which besides does not keep what it sums.
+    tx = oc.project(oc.max_norm(2.0, axis=axis))
+    programs = {
+        lambda w: oc.constrain(w, oc.max_norm(2.0, axis=axis)): int(parts > 1),
+        lambda w: tx.update(w, tx.init(w), w)[0]: int(parts > 1) + 1,
+    }
+    for function, barriers in programs.items():
+        traced = jax.jit(function).trace(w)
+        texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu", "tpu")]
+        assert [t.count("optimization_barrier") for t in texts] == [barriers, 0, 0]
+
+
 # Elementwise sets: exact after apply_updates.
 
 

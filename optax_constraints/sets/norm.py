@@ -289,7 +289,8 @@ def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
 def _scaled_update(
     params: jax.Array, updates: jax.Array, limit: Callable[..., float], scale: jax.Array
 ) -> jax.Array:
-    target = (_limited_sum(params, updates, limit) * scale).astype(params.dtype)
+    total = _limited_sum(_numerics.read_again(params), updates, limit)
+    target = (total * scale).astype(params.dtype)
     return difference(target, params, updates)
 
 
