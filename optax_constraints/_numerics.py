@@ -91,8 +91,8 @@ def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """The norm by one sum in float64, where no square of a float32 leaves the range.
 
-    GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of one sum
-    and the optimizer before it, but not of three.
+    CPUs and GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of
+    one sum and the optimizer before it, but not of three, nor of what is under a condition.
     """
     with enable_x64(True):
         return jnp.sqrt(sum_of_squares(x.astype(jnp.float64), axis)).astype(x.dtype)
@@ -107,7 +107,7 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     wide = x.dtype == jnp.float64
     return lax.platform_dependent(
         x,
-        cpu=functools.partial(_fallback_norm, axis=axis),
+        cpu=functools.partial(_fallback_norm if wide else _wide_norm, axis=axis),
         cuda=functools.partial(_three_range_norm if wide else _wide_norm, axis=axis),
         default=functools.partial(_three_range_norm, axis=axis),
     )
@@ -141,10 +141,10 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """Euclidean norm along `axis`, kept as axes of length 1.
 
     Right from the smallest normal number to the largest, and differentiable at zero
-    (with derivative 0 there). One pass over `x`: on the CPU the scaled sums, which XLA does
-    not fuse with the plain one there, are under a condition; on a GPU, where a condition costs
-    a round trip to the host, there is one sum, in float64; on other accelerators sibling sums
-    share their pass, and all three are taken at once.
+    (with derivative 0 there). One pass over `x`. On a CPU and on a GPU there is one sum, in
+    float64. Of float64 itself the scaled sums are under a condition on a CPU, where XLA does not
+    fuse them with the plain one. Elsewhere sibling sums share their pass, and all three are taken
+    at once.
 
     Args:
         x: Array in float32 or float64.
