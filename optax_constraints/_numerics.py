@@ -233,15 +233,61 @@ def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """
     if before is None or not before.size or not isinstance(x, Tracer):
         return x
+    return _times(x, _one_after([before]))
+
+
+@jax.jit
+def _one_after(arrays: list[jax.Array]) -> jax.Array:
+    """The number 1, which on the CPU is not known until all of the arrays are."""
 
     def one(number: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
         # There are at most 64 of them. XLA does not know that, and so not that this is always 1.
         return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
 
-    number = jnp.max(lax.stop_gradient(before))
-    ones = lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
-    return x * ones.astype(x.dtype)
+    dtype = widest(*(x.dtype for x in arrays))
+    each = (jnp.max(lax.stop_gradient(x)).astype(dtype) for x in arrays)
+    number = functools.reduce(jnp.maximum, each)
+    return lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
+
+
+@jax.jit
+def _times(x: jax.Array, one: jax.Array) -> jax.Array:
+    return x * one.astype(x.dtype)
+
+
+class Turns:
+    """The order in which leaves are summed, so that what is kept of them shares its memory.
+
+    As many leaves at once as together have about the size of the largest take a turn, and the
+    next ones wait until the norms of these are known.
+
+    Args:
+        largest: The size of the largest leaf.
+    """
+
+    def __init__(self, largest: int):
+        self._most = largest + largest // 4  # a kernel with its bias
+        self._size = 0
+        self._ends: list[jax.Array] = []
+        self._one: jax.Array | None = None
+
+    def wait(self, x: Any) -> Any:
+        """A tree of arrays to the bit, which is not known until the last turn is over."""
+        leaves = jax.tree.leaves(x)
+        size = sum(leaf.size for leaf in leaves)
+        if self._size + size > self._most and self._ends:
+            self._size, self._one, self._ends = 0, _one_after(self._ends), []
+        self._size += size
+        one = self._one
+        if one is None or not any(isinstance(leaf, Tracer) for leaf in leaves):
+            return x
+        return jax.tree.map(lambda leaf: _times(leaf, one), x)
+
+    def end(self, known: jax.Array | None) -> None:
+        """Says what is known when a leaf has been summed."""
+        if known is not None and known.size:
+            self._ends.append(known)
 
 
 def stored(w: jax.Array) -> jax.Array:
