@@ -247,7 +247,7 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
 
     dtype = widest(*(x.dtype for x in arrays))
     each = (jnp.max(lax.stop_gradient(x)).astype(dtype) for x in arrays)
-    number = functools.reduce(jnp.maximum, each)
+    number = functools.reduce(lax.max, each)
     return lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
 
 

@@ -292,7 +292,7 @@ def bound_now(
 
 def advance(constraint: Constraint, weights: Any, memory: Any, done: Any = None) -> tuple[Any, Any]:
     """What `constrain` puts in the place of weights, and what to remember."""
-    return constraint.advance(weights, memory) if done is None else done
+    return called("advance", constraint, weights, memory) if done is None else done
 
 
 def constrain_bound(
