@@ -11,12 +11,12 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, parts_of
+from optax_constraints._constraint import Constraint, called, parts_of
 from optax_constraints._gauge import Histogram, histogram, sample
 from optax_constraints._groups import Group
 from optax_constraints._html import report_html
 from optax_constraints._patterns import Rules
-from optax_constraints._violations import between, distance, visits
+from optax_constraints._violations import away_from, between, distance, visits
 from optax_constraints._walk import Bound, Visit
 
 _WIDTH = 100
@@ -229,7 +229,8 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
             continue
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
-        away = _read("assert_feasible", bound, distance(weights, constraint, memory))
+        distances = called(away_from, constraint, weights, memory, compiled=True)
+        away = _read("assert_feasible", bound, distances)
         rounding = allowance(constraint, arrays, tolerance) if any(away) else 0.0
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
             if not own <= rounding:  # also if it is NaN
@@ -256,6 +257,7 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+@jax.jit
 def _norm(w: jax.Array) -> jax.Array:
     """The norm of an array, in float32 or wider."""
     return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
@@ -296,6 +298,12 @@ def _units_of(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, A
     return _units(constraint, constraint.advance(weights, memory)[0])
 
 
+def _measured(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
+    """The distances of arrays to their set, and what `_units` says."""
+    projected, _ = constraint.advance(weights, memory)
+    return between(weights, projected), *_units(constraint, projected)
+
+
 def rows_of(
     visit: Visit,
     run: Callable[..., Any] = _run,
@@ -333,8 +341,7 @@ def rows_of(
         distances = run(distance, weights, constraint, memory)
         units, at_bound = run(_units_of, constraint, weights, memory)
     else:
-        projected, _ = constraint.advance(weights, memory)
-        distances, (units, at_bound) = between(weights, projected), _units(constraint, projected)
+        distances, units, at_bound = called(_measured, constraint, weights, memory, compiled=True)
     away = _read("report", bound, distances)
     allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
