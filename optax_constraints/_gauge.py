@@ -54,13 +54,16 @@ class Sample:
     """How many numbers the gauge has in all."""
 
 
-def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
+def sample(
+    constraint: Any, weights: Any, memory: Any = (), gauge: Gauge | None = None
+) -> Sample | None:
     """Takes what there is to see of a leaf or group back from its device.
 
     Args:
         constraint: A constraint, settled and with numbers in place of schedules.
         weights: An array, or those of a group in a tuple; not traced.
         memory: What is remembered of them.
+        gauge: What `gauged` says of them, if that is known.
 
     Returns:
         Up to 65,536 numbers, evenly spaced in their array; in a run of several processes those
@@ -70,8 +73,10 @@ def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
 
     first = weights if isinstance(weights, jax.Array) else weights[0]
 
-    with jax.debug_infs(False):  # an entry without a bound has an infinite one
-        gauge = called(_gauged, constraint, weights, memory, compiled=True)
+    if gauge is None:
+        with jax.debug_infs(False):  # an entry without a bound has an infinite one
+            gauge = called(gauged, constraint, weights, memory, compiled=True)
+    assert gauge is not None
     values = _on_host(gauge.values)
     if not values.size:
         return None
@@ -93,7 +98,7 @@ def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
     )
 
 
-def _gauged(constraint: Any, weights: Any, memory: Any) -> Gauge:
+def gauged(constraint: Any, weights: Any, memory: Any = ()) -> Gauge:
     """The gauge of a set, on one device or a mesh."""
 
     def measured(_: Any, weights: Any, this: Any, memory: Any) -> Gauge:
@@ -105,14 +110,14 @@ def _gauged(constraint: Any, weights: Any, memory: Any) -> Gauge:
         }
         return dataclasses.replace(gauge, **bounds)
 
-    def gauged(weights: Any, memory: Any) -> Gauge:
+    def gauge(weights: Any, memory: Any) -> Gauge:
         spec = jax.sharding.PartitionSpec()
         return automatic(measured, like, weights, constraint, memory, spec=spec)
 
     like = jax.tree.leaves(weights)[0]
     # Not compiled, numbers of one device do not get onto a mesh with Explicit axes.
     eager = not isinstance(like, Tracer) and explicit_axes(like)
-    return (jax.jit(gauged) if eager else gauged)(weights, memory)
+    return (jax.jit(gauge) if eager else gauge)(weights, memory)
 
 
 def _bound(bound: Any, end: int) -> np.ndarray:
