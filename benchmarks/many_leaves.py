@@ -3,7 +3,8 @@
 The model is a stack of blocks of twelve leaves, as in a transformer: four kernels of 64x64, one of
 64x256, one of 256x64, and their biases; and a head. All leaves are under `max_norm`. A training
 step with Adam is traced and compiled once in a process of its own; `report` is called once, on
-weights that are outside. Numbers are medians over rounds in which the variants take turns.
+weights that are outside. Numbers are medians over rounds in which the variants take turns, in
+seconds of processors, which other programs on the machine disturb less than those of a clock.
 
     python benchmarks/many_leaves.py [--leaves 169,289,673,1345] [--rounds 3] [--only REPORT ...]
 """
@@ -26,7 +27,7 @@ import optax_constraints as oc
 PER_BLOCK = 12
 WIDTH, HIDDEN, BATCH, BOUND = 64, 256, 32, 2.0
 SHAPES = {
-    **{name: (WIDTH, WIDTH) for name in ("query", "key", "value", "out")},
+    **dict.fromkeys(("query", "key", "value", "out"), (WIDTH, WIDTH)),
     "up": (WIDTH, HIDDEN),
     "down": (HIDDEN, WIDTH),
 }
@@ -97,12 +98,12 @@ def measure(variant: str, leaves: int) -> dict[str, float]:
         updates, state = tx.update(grads, state, params)
         return after(optax.apply_updates(params, updates)), state
 
-    start = time.perf_counter()
+    start = time.process_time()
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, x, y)
     lowered = traced.lower()
-    middle = time.perf_counter()
+    middle = time.process_time()
     lowered.compile()
-    return {"trace": middle - start, "compile": time.perf_counter() - middle}
+    return {"trace": middle - start, "compile": time.process_time() - middle}
 
 
 def calls(variant: str, params: Any) -> dict[str, float]:
@@ -111,9 +112,9 @@ def calls(variant: str, params: Any) -> dict[str, float]:
         params = jax.tree.map(lambda w: w / 100, params)
     times = {}
     for which in ("first", "second"):
-        start = time.perf_counter()
+        start = time.process_time()
         jax.block_until_ready(getattr(oc, variant)(params, rules))
-        times[which] = time.perf_counter() - start
+        times[which] = time.process_time() - start
     return times
 
 
@@ -142,7 +143,8 @@ def main() -> None:
         ]
         for variant in given.only:
             one, two = zip(*(own[variant].values() for own in rounds), strict=True)
-            row = f"{variant:18}{leaves:7}{statistics.median(one):10.2f}{statistics.median(two):11.2f}"
+            first, second = statistics.median(one), statistics.median(two)
+            row = f"{variant:18}{leaves:7}{first:10.2f}{second:11.2f}"
             if variant in STEPS:
                 sums = [sum(own[variant].values()) for own in rounds]
                 row += f"{statistics.median(sums):8.2f}"

@@ -256,7 +256,7 @@ def _times(x: jax.Array, one: jax.Array) -> jax.Array:
     return x * one.astype(x.dtype)
 
 
-class Turns:
+class InTurn:
     """The order in which leaves are summed, so that what is kept of them shares its memory.
 
     As many leaves at once as together have about the size of the largest take a turn, and the

@@ -16,7 +16,7 @@ from optax_constraints._constraint import Constraint, called, difference, moved
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
-from optax_constraints._numerics import Turns, in_turn
+from optax_constraints._numerics import InTurn, in_turn
 from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
@@ -131,13 +131,13 @@ def project(
         def projected(
             bound: Bindings, updates: Any, memory: dict[str, Any], shown: dict[str, Any]
         ) -> Any:
-            turns, measured = Turns(bound.largest if not stats else 0), []
+            order, measured = InTurn(bound.largest if not stats else 0), []
 
             def move(
                 constraint: Constraint, p: Any, own: Any, u: Any, done: Any = None
             ) -> tuple[Any, Any]:
                 if stats or constraint.unitwise:
-                    u = turns.wait(u)
+                    u = order.wait(u)
                 prepared: Any = called("prepare", constraint, p, u, own) if done is None else None
                 known = None
                 if done is not None:
@@ -146,14 +146,14 @@ def project(
                     total = jax.tree.map(moved, p, u)
                     known = _stats.of_entries(constraint, p, u, total, own)
                     before = jnp.stack([known.update, known.correction])
-                    turns.end(before)
+                    order.end(before)
                     total = jax.tree.map(lambda x: in_turn(x, before), total)
                     new, kept = constraint.lead(p, u, total, own)
                 else:
                     if stats and (known := _stats.of_update(constraint, p, u, own, prepared)):
                         prepared = in_turn(prepared, jnp.stack([known.update, known.correction]))
                     new, kept = called("update", constraint, p, u, own, prepared)
-                turns.end(prepared)
+                order.end(prepared)
                 if keep_dtype:
                     new = _narrowed(constraint, p, new, u, own)
                 if stats:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import itertools
 
 import jax
@@ -509,6 +510,24 @@ def test_leaves_take_turns():
     leaf = params["Dense_0"].nbytes
     assert analysis is not None
     assert analysis.temp_size_in_bytes < 1.5 * leaf
+
+
+def test_small_leaves_share_a_turn():
+    def waits(sizes):
+        def sums(leaves):
+            turns, out = _numerics.InTurn(max(sizes)), []
+            for x in leaves:
+                x = turns.wait(x)
+                out.append(jnp.sum(x))
+                turns.end(out[-1])
+            return out
+
+        text = str(jax.make_jaxpr(sums)([jnp.ones(n) for n in sizes]))
+        return len(re.findall(r"population_count", text.replace("\n", " ")))
+
+    assert waits([8, 8, 8]) == 2
+    assert waits([8, 2, 8, 2]) == 1  # a kernel with its bias
+    assert waits([100, *[5] * 20]) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
