@@ -117,8 +117,9 @@ class Bindings:
     @functools.cached_property
     def largest(self) -> int:
         """The size of the largest leaf or group that is constrained."""
-        leaves = [b.leaves for b in self._bound if b.constraint is not None]
-        return max((sum(math.prod(x.shape) for x in own if x) for own in leaves), default=0)
+        own = (b.leaves for b in self._bound if b.constraint is not None)
+        sizes = (sum(math.prod(x.shape) for x in leaves if x is not None) for leaves in own)
+        return max(sizes, default=0)
 
     @property
     def keyed(self) -> list[tuple[str, Bound]]:
