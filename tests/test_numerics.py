@@ -387,11 +387,18 @@ def test_norm_has_the_derivative_of_a_norm(scale):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-def test_norm_takes_one_branch_only_when_needed():
-    # What runs for ordinary weights is the plain sum of squares: in the compiled program
-    # the scaled ones are under a condition.
-    text = jax.jit(lambda w: _numerics.norm(w, (0,))).lower(weights()).compile().as_text()
-    assert "conditional" in str(text)
+def test_norm_takes_one_sum_on_a_cpu():
+    # In float64, so that no condition parts it from what makes the weights. Where these are in
+    # float64 themselves, the scaled sums are under one.
+    def compiled(w):
+        return str(jax.jit(lambda w: _numerics.norm(2 * w, (0,))).lower(w).compile().as_text())
+
+    text = compiled(jnp.asarray(weights(), jnp.float32))
+    assert text.count(" reduce(") == 1
+    assert "f64" in text
+    assert "conditional" not in text
+    with _numerics.enable_x64(True):
+        assert "conditional" in compiled(jnp.asarray(weights(), jnp.float64))
 
 
 def test_norm_takes_one_sum_on_a_gpu():
@@ -502,6 +509,24 @@ def test_leaves_take_turns():
     leaf = params["Dense_0"].nbytes
     assert analysis is not None
     assert analysis.temp_size_in_bytes < 1.5 * leaf
+
+
+def test_small_leaves_share_a_turn():
+    def waits(sizes):
+        def sums(leaves):
+            turns, out = _numerics.InTurn(max(sizes)), []
+            for x in leaves:
+                x = turns.wait(x)
+                out.append(jnp.sum(x))
+                turns.end(out[-1])
+            return out
+
+        text = jax.jit(sums).lower([jnp.ones(n) for n in sizes]).as_text()
+        return text.count("call @_one_after")
+
+    assert waits([8, 8, 8]) == 2
+    assert waits([8, 2, 8, 2]) == 1  # a kernel with its bias
+    assert waits([100, *[5] * 20]) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)

@@ -143,7 +143,8 @@ class _NormSet(InParts, UnitSet):
             dtype = _numerics.widest(*(n.dtype for n in norms))
             together = jnp.stack([n.reshape(()).astype(dtype) for n in norms])
             norms = [norm(together, (0,)).reshape(())]
-        return self._of_all(norms[0]) / self._one(self._size(parts, units))
+        norm, one = self._of_all(norms[0]), self._one(self._size(parts, units))
+        return norm if one == 1 else norm / one
 
     def _of_all(self, norm: jax.Array) -> jax.Array:
         """The norms of whole units, from those of their parts on the devices of `axis_name`."""
@@ -300,7 +301,9 @@ def _limited_sum(params: jax.Array, updates: jax.Array, limit: Callable[..., flo
     total = wide + moved
     # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
     # optimizer's arithmetic and keeps the result for both passes.
-    return jnp.clip(wide, -most, most) + (jnp.clip(moved, -most, most) + (total - total))
+    # What is no number is left to it, too.
+    limited = (jax.lax.clamp(-most, x, most) for x in (wide, moved))
+    return next(limited) + (next(limited) + (total - total))
 
 
 def _tolerance(norm: jax.Array) -> float:
