@@ -68,7 +68,7 @@ def main() -> None:
     """Prints a table of each set and sharding."""
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--matrices", type=int, default=16)
     parser.add_argument("--size", type=int, default=256)
     given = parser.parse_args()
