@@ -15,7 +15,7 @@ from optax_constraints._config import builtin
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import LineSet
-from optax_constraints.sets.order import isotonic
+from optax_constraints.sets.isotonic import isotonic
 
 
 @builtin
