@@ -24,7 +24,7 @@ from optax_constraints._text import shown
 from optax_constraints.sets._common import MatrixSet
 from optax_constraints.sets._common import spectral_tolerance as _tolerance
 from optax_constraints.sets.polar import polar
-from optax_constraints.sets.scaled import Scaled, largest_value
+from optax_constraints.sets.scaled import FIRST_RESIDUAL, Scaled, largest_value
 from optax_constraints.sets.singular_values import (
     below_bound,
     beyond,
@@ -214,12 +214,13 @@ class MaxSpectralNorm(Scaled):
         return lax.cond(inside, lambda a, b, *_: b, below_bound, a, b, bound, low)
 
     def _touches(self, w: jax.Array) -> jax.Array:
-        """The matrices whose largest singular value is the bound, up to rounding."""
+        """The matrices whose largest singular value is the bound, as far as it is known."""
         a, _ = self._matrices(w)
-        low = value(self.max_value, a.dtype) * (1 - 2 * (_numerics.eps(w.dtype) + _tolerance(a)))
+        bound = value(self.max_value, a.dtype)
+        rounding = 2 * (_numerics.eps(w.dtype) + _tolerance(a))
         if self.method == "scale":
-            return largest_value(a) >= low
-        return ~surely_inside(a, low)
+            return largest_value(a) >= bound * (1 - rounding - FIRST_RESIDUAL)
+        return ~surely_inside(a, bound * (1 - rounding))
 
     def gauge(self, w: Any, memory: Any = ()) -> Gauge:
         """The singular values."""
