@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_constraints import _numerics
@@ -19,12 +20,13 @@ from optax_constraints import _numerics
 def isotonic(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Array:
     """The nearest array that increases along `axis`; with `runs`, within each of them.
 
-    Those are numbers that increase along `axis`, and are the same in each run.
+    Those are numbers that increase along `axis`, and are the same in each run; for all units, or
+    the same for each.
     """
     moved = jnp.moveaxis(w, axis, 0)
     n = len(moved)
     x = moved.reshape(n, -1)
-    finite = jnp.sum(0 * lax.stop_gradient(x), axis=0, keepdims=True) == 0
+    finite = are_finite(x)
     # Infinity at the end is in order whatever comes before.
     size = min(8, 1 << (n - 1).bit_length())
     x = _fill(jnp.where(finite, x, 0), size, jnp.inf)
@@ -40,41 +42,47 @@ def isotonic(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Arra
     return jnp.moveaxis(sorted_.reshape(moved.shape), 0, axis)
 
 
+def are_finite(x: jax.Array) -> jax.Array:
+    """Which columns have neither an infinity nor a NaN."""
+    x = lax.stop_gradient(x)
+    return jnp.sum(x - x, axis=0, keepdims=True) == 0
+
+
 def _fill(x: jax.Array, size: int, value: Any) -> jax.Array:
     """Adds rows of a value, up to a multiple of a size."""
     return jnp.pad(x, ((0, -len(x) % size), (0, 0)), constant_values=value)
 
 
 @jax.custom_jvp
-def _instead(value: jax.Array, same: jax.Array) -> jax.Array:
+def instead(value: jax.Array, same: jax.Array) -> jax.Array:
     """The value, with the derivative of what is the same but for rounding."""
     del same
     return value
 
 
-@_instead.defjvp
+@instead.defjvp
 def _instead_jvp(primals, tangents):
-    return _instead(*primals), tangents[1]
+    return instead(*primals), tangents[1]
 
 
 def _merge_few(x: jax.Array, runs: jax.Array | None, half: int) -> jax.Array:
     """Sorts blocks of entries whose first `half` and whose rest are sorted."""
     rows = x.reshape(-1, 2 * half, x.shape[1])
     first, last = rows[:, half : half + 1], rows[:, half - 1 : half]
-    left = lax.broadcasted_iota(jnp.int32, (1, 2 * half, 1), 1) < half
+    left = np.arange(2 * half)[:, None] < half
     if runs is None:
         own = last > first
         pool = _pool_of_few(lax.stop_gradient(rows), half)
     else:
         # Only the run in the middle can be out of order: what is not of it is in order anyway.
-        runs = runs.reshape(rows.shape)
+        runs = runs.reshape(*rows.shape[:2], -1)
         own = (runs == runs[:, half : half + 1]) & (runs == runs[:, half - 1 : half])
         pool = _pool_of_few(lax.stop_gradient(rows), half, own)
         own &= last > first
     pooled = jnp.where(left, rows > pool, rows < pool) & own
     total = jnp.sum(jnp.where(pooled, rows, 0), axis=1, keepdims=True)
     count = jnp.sum(pooled, axis=1, keepdims=True, dtype=x.dtype)
-    pool = _instead(pool, total / jnp.maximum(count, 1))
+    pool = instead(pool, total / jnp.maximum(count, 1))
     # The rest keeps blocks in order to the bit, also where a division is off by an ulp.
     return jnp.where(pooled, pool, rows).reshape(x.shape)
 
@@ -113,8 +121,9 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
     eights = outer * inner
     x = _fill(x, 8 * inner, jnp.inf).reshape(eights, 8, units)
     if runs is not None:
-        runs = _fill(runs, 8 * inner, -1).reshape(x.shape)
-    index = jnp.arange(eights, dtype=jnp.int32)
+        runs = _fill(runs, 8 * inner, -1).reshape(eights, 8, -1)
+    # Here and above NumPy's, which are constants to the compiler.
+    index = np.arange(eights, dtype=np.int32)
 
     def merged(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
         start = (index >> (level + 1)) << (level + 1)
@@ -122,7 +131,7 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
         left = (index < middle)[:, None, None]
 
         def same(size: int, level: jax.Array, copies: int) -> jax.Array:
-            block = jnp.arange(size, dtype=jnp.int32) >> level
+            block = np.arange(size, dtype=np.int32) >> level
             matrix = (block[:, None] == block[None, :]).astype(x.dtype)
             return jnp.broadcast_to(matrix, (copies, size, size))
 
@@ -140,11 +149,18 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
             return total / jnp.maximum(count, 1)
 
         before, after = jnp.minimum(middle, eights) - 1, jnp.minimum(middle, eights - 1)
-        first, last = x[after, 0], x[before, 7]
+        neighbours = jnp.concatenate([8 * after, 8 * before + 7])
+
+        def beside(entries: jax.Array) -> jax.Array:
+            """The first entry behind the middle of each block, and the last before it."""
+            return entries.reshape(8 * eights, -1)[neighbours].reshape(2, eights, -1)
+
+        first, last = beside(x)
         own = ((last > first) & (middle < eights)[:, None])[:, None]
         if runs is not None:
             # Only the run in the middle can be out of order: what is not of it is in order anyway.
-            run = jnp.where(runs[before, 7] == runs[after, 0], runs[after, 0], -2)
+            run, other = beside(runs)
+            run = jnp.where(run == other, run, -2)
             own = own & (runs == run[:, None])
 
         def step(pool: jax.Array) -> jax.Array:
@@ -157,10 +173,10 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
         # Products may round differently from row to row.
         pool = pool[start]
         pooled = jnp.where(left, x > pool[:, None], x < pool[:, None]) & own
-        pool = _instead(pool, mean(jnp.where(pooled, x, 0), pooled))
+        pool = instead(pool, mean(jnp.where(pooled, x, 0), pooled))
         return jnp.where(pooled, pool[:, None], x), None
 
-    levels = jnp.arange(bits, dtype=jnp.int32)
+    levels = np.arange(bits, dtype=np.int32)
     return lax.scan(merged, x, levels)[0].reshape(-1, units)[:n]
 
 

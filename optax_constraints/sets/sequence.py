@@ -280,7 +280,8 @@ def _fitted(w: jax.Array, gaps: jax.Array, held: jax.Array) -> jax.Array:
 
     near = rounding * largest * _stiffness(fixed_gaps)
     straight = vary_like(jnp.zeros_like(held), w)
-    bent = free_numbers(best, straight, (near, 0 * near), 0, 16 + 4 * len(w), _best_of_stretches)
+    limits = near, 0 * near
+    bent = free_numbers(best, straight, limits, 0, 16 + 4 * len(w), _best_of_stretches)[1]
     return _fit(w - middle, gaps, bent | ~held, held)[0] + middle
 
 
