@@ -176,7 +176,7 @@ def _merge_many(x: jax.Array, runs: jax.Array | None) -> jax.Array:
         pool = instead(pool, mean(jnp.where(pooled, x, 0), pooled))
         return jnp.where(pooled, pool[:, None], x), None
 
-    levels = np.arange(bits, dtype=np.int32)
+    levels = jnp.asarray(np.arange(bits, dtype=np.int32))
     return lax.scan(merged, x, levels)[0].reshape(-1, units)[:n]
 
 
