@@ -225,6 +225,18 @@ def power_of_two(largest: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(largest), -exponent)
 
 
+def power_below(x: jax.Array) -> jax.Array:
+    """The power of two at or below a positive number, to the bit; within range also of others.
+
+    From its bits: XLA's CPU backend compiles such operations into what uses them.
+    """
+    info = jnp.finfo(x.dtype)
+    ordinary = jnp.clip(x, 4 * float(info.tiny), 2.0 ** (int(info.maxexp) - 3))
+    kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(ordinary, kind) >> info.nmant << info.nmant
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
 def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """`x` to the bit, but on the CPU it is not known until the array `before` is.
 
