@@ -1,5 +1,7 @@
-"""Fixtures that several files share, and a cache of compiled programs."""
+"""Fixtures that several files share, and what makes compiling and tracing quick."""
 
+import functools
+import gc
 import os
 from pathlib import Path
 
@@ -14,9 +16,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Keras looks for TensorFlow if nobody says so.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import jax
 import jax.numpy as jnp
+from jax._src.interpreters import mlir
 
 from optax_constraints import _config, _constraint
+
+# Nobody reads where in the source an operation of a compiled program came from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
+# JAX loads all dialects of MLIR anew for each program, which for a small one takes longer than
+# to find it in the cache. Here programs share what was loaded.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
+def pytest_collection_finish():
+    """Has the garbage collector leave alone what stays until the end, and look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
