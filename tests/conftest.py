@@ -13,17 +13,15 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Nobody reads where in the source an operation of a compiled program came from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Keras looks for TensorFlow if nobody says so.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import jax
 import jax.numpy as jnp
 from jax._src.interpreters import mlir
 
 from optax_constraints import _config, _constraint
-
-# Nobody reads where in the source an operation of a compiled program came from.
-jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # JAX loads all dialects of MLIR anew for each program, which for a small one takes longer than
 # to find it in the cache. Here programs share what was loaded.
