@@ -69,7 +69,7 @@ def sample(
         Up to 65,536 numbers, evenly spaced in their array; in a run of several processes those
         that are on devices of this one. None if there are none.
     """
-    from optax_constraints._constraint import called  # that file needs this one
+    from optax_constraints._called import called  # its imports need this file
 
     first = weights if isinstance(weights, jax.Array) else weights[0]
 

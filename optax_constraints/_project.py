@@ -12,7 +12,8 @@ from jax.core import Tracer
 
 from optax_constraints import _stats
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, called, difference, moved
+from optax_constraints._called import called
+from optax_constraints._constraint import Constraint, difference, moved
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value

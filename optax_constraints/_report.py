@@ -11,7 +11,8 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, called, parts_of
+from optax_constraints._called import called
+from optax_constraints._constraint import Constraint, parts_of
 from optax_constraints._gauge import Gauge, Histogram, gauged, histogram, sample
 from optax_constraints._groups import Group
 from optax_constraints._html import report_html

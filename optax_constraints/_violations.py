@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
-from optax_constraints._constraint import Constraint, called
+from optax_constraints._called import called
+from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
 from optax_constraints._rules import Binder
 from optax_constraints._trees import check_arrays
