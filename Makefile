@@ -13,7 +13,7 @@ PYTEST := python -m pytest -n 2 --dist worksteal
 QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics feasible)
-SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral)
+SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
 # What may come out otherwise with other versions of JAX, Optax and Flax; and with older ones.
 VERSIONS := $(call tests,project memory wrappers composition resume private package layout \
 	flax_linen flax_nnx flax_bridge flax_signatures)
@@ -21,15 +21,16 @@ OLDER := $(call tests,numerics projected pytrees stats straight_through tangent 
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 .PHONY: demo test test-all test-left-out test-float64 test-floor test-newest
-.PHONY: test-newer test-ecosystem bench bench-accelerators mutants docs lint clean
+.PHONY: test-newer test-ecosystem bench bench-accelerators bench-peers mutants docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/python notebooks/demo.py
 
-# Runs the tests with a Python, compiled quickly. A JAX that does not know the flags stops at once:
-# then they are compiled as users compile them.
+# Runs the tests with a Python, compiled quickly. A JAX that does not know a flag stops at once: then
+# with the first one alone, which all of them know.
 quickly = flags="$(QUICKLY)"; \
-	XLA_FLAGS="$$flags" $(1)/python -c "import jax; jax.devices()" 2>/dev/null || flags=; \
+	XLA_FLAGS="$$flags" $(1)/python -c "import jax; jax.devices()" 2>/dev/null || \
+	flags="$(firstword $(QUICKLY))"; \
 	XLA_FLAGS="$$flags" $(1)/$(PYTEST)
 
 # Pyright takes a minute of one core: it runs beside the tests, and what it says is shown when
@@ -89,6 +90,10 @@ bench-accelerators: .venv-cuda/.made .venv-tpu/.made
 	PYTHONPATH=. .venv-cuda/bin/python benchmarks/accelerators.py cuda
 	PYTHONPATH=. .venv-tpu/bin/python benchmarks/accelerators.py tpu
 
+# Beside other libraries: see docs/peers.md.
+bench-peers: .venv-peers/.peers
+	.venv-peers/bin/python benchmarks/peers.py --markdown
+
 mutants: .venv/.tests
 	$(BIN)/python benchmarks/mutants.py
 
@@ -105,6 +110,11 @@ mutants: .venv/.tests
 .venv-ecosystem/.ecosystem: pyproject.toml
 	test -x .venv-ecosystem/bin/python || $(PYTHON) -m venv .venv-ecosystem
 	.venv-ecosystem/bin/python -m pip install -q -e '.[ecosystem]'
+	touch $@
+
+.venv-peers/.peers: pyproject.toml
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q -e '.[peers]'
 	touch $@
 
 .venv-cuda/.made:

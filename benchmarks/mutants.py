@@ -34,6 +34,15 @@ ROOT = Path(__file__).parent.parent
 TIME_LIMIT = 240  # seconds; a mutant that does not end is noticed, too
 NORMS = "(Norm or RMS) and not Soft and not Part and not Compose and not Intersection"
 ELEMENTWISE = "NonNeg or Box or Mask or ZeroDiagonal or Grid"
+NORM_TESTS = [
+    "test_memory.py",
+    "test_project.py",
+    f"test_numerics.py -k {NORMS} or test_the or turns or rate_goes",
+    "test_report.py",
+    "test_tangent.py -k Norm or every_kind",
+    "test_configs.py -k equal or identity",
+    "test_keras_parity.py -k defaults",
+]
 TESTS = {
     "_axes": ["test_axes.py", "test_layout.py", "test_first_steps.py -k axis or warn"],
     "_expressions": ["test_numbers.py"],
@@ -86,15 +95,8 @@ TESTS = {
     "_moments": ["test_projected.py"],
     "_unit_adam": ["test_unit_adam.py"],
     "_numerics": [f"test_numerics.py -k {NORMS} or test_norm"],
-    "sets.norm": [
-        "test_memory.py",
-        "test_project.py",
-        f"test_numerics.py -k {NORMS} or test_the or turns or rate_goes",
-        "test_report.py",
-        "test_tangent.py -k Norm or every_kind",
-        "test_configs.py -k equal or identity",
-        "test_keras_parity.py -k defaults",
-    ],
+    "sets._norms": NORM_TESTS,
+    "sets.norm": NORM_TESTS,
     "sets.pattern": ["test_pattern.py", "test_elementwise.py", "test_tangent.py -k Mask or Zero"],
     "sets.around": ["test_around.py", "test_cones.py -k around"],
     "sets.elementwise": [

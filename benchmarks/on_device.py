@@ -36,7 +36,7 @@ import optax
 from jax import lax
 
 import optax_constraints as oc
-from optax_constraints.sets.spectral import _QUINTICS
+from optax_constraints.sets.polar import _QUINTICS
 
 HIGHEST = lax.Precision.HIGHEST
 FLOOR = 28  # bytes a parameter that Adam reads and writes
@@ -518,7 +518,7 @@ def choices(toy: bool) -> dict[str, Choice]:
     found[f"simplex, {size}"] = Choice("_apart", two, oc.simplex(), (w,))
     quarter = w[: size // 4, : size // 4]
     found[f"nuclear_norm_ball, {len(quarter)}"] = Choice(
-        "_svd", two, oc.nuclear_norm_ball(), (quarter,)
+        "svd", two, oc.nuclear_norm_ball(), (quarter,)
     )
     return found
 

@@ -37,7 +37,7 @@ def times(tx: optax.GradientTransformation, params: dict, steps: int) -> list[fl
 
 def main() -> None:
     """Prints a row for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=512, help="rows and columns of a matrix")
     parser.add_argument("--every", type=int, default=8)
     given = parser.parse_args()

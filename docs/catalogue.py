@@ -17,11 +17,11 @@ PAGE = Path(__file__).with_suffix(".md")
 FAMILIES = {
     "Norms": ("norm",),
     "Entry by entry": ("elementwise", "pattern"),
-    "Sums and inequalities": ("simplex", "section", "linear", "polyhedron"),
-    "Order and sparsity": ("order", "sequence", "unimodal"),
+    "Sums and inequalities": ("simplex", "section", "linear", "affine", "polyhedron"),
+    "Order and sparsity": ("order", "sparsity", "sequence", "unimodal"),
     "Matrices": ("matrix", "transport"),
     "Singular values": ("spectral", "scaled", "operator"),
-    "Sets made of sets": ("combinators", "intersection", "around"),
+    "Sets made of sets": ("combinators", "part", "intersection", "around"),
 }
 
 MARKS = {"convex": "C", "smooth": "S", "elementwise": "E"}

@@ -88,22 +88,13 @@ def _adam(numbers: Numbers, arrays: Any) -> tuple[jax.Array, jax.Array, jax.Arra
 
 def _scale(constraint: Any, w: jax.Array, at_init: jax.Array | None, length: int) -> jax.Array:
     """The factors of rows, by norms whose squares stay in the range of float32."""
-    down, up = _powers_of_two(jnp.max(jnp.abs(w), axis=1, keepdims=True))
+    up = _numerics.power_below(jnp.max(jnp.abs(w), axis=1, keepdims=True))
+    # The inverse by its exponent: a GPU may round a division.
+    bits = (254 << 23) - lax.bitcast_convert_type(up, jnp.int32)
+    down = lax.bitcast_convert_type(bits, jnp.float32)
     squares = jnp.sum(jnp.square(w * down), axis=1, keepdims=True)
     norm = jnp.sqrt(squares) * up / constraint._one(length)
     return constraint._scale(norm, norm if at_init is None else at_init)
-
-
-def _powers_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Powers of two that bring numbers of at least 0 near 1, and back, both normal numbers.
-
-    By the bits of the exponent: a GPU rounds the function `pow`.
-    """
-    one, largest = 1 << 23, 253 << 23
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    up = jnp.clip(bits & (255 << 23), one, largest)
-    down = one + largest - up
-    return lax.bitcast_convert_type(down, jnp.float32), lax.bitcast_convert_type(up, jnp.float32)
 
 
 def _kernel(

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from optax_constraints._args import Arg
 from optax_constraints._axes import LeafLayout, settle_axis
+from optax_constraints._equality import Compared, Held
 from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import (
     Limits,
@@ -25,7 +26,7 @@ from optax_constraints._numbers import (
     limits_of,
     settle_number,
 )
-from optax_constraints._numerics import ARRAYS, compute_dtype, is_array, is_readable, widest
+from optax_constraints._numerics import ARRAYS, compute_dtype, is_array, widest
 
 _Made = TypeVar("_Made", bound="Constraint")
 
@@ -499,7 +500,7 @@ class _Structure(NamedTuple):
 
     data: tuple[str, ...]
     """The names of what is."""
-    rest: tuple[tuple[str, "_Held"], ...]
+    rest: tuple[tuple[str, "Held"], ...]
 
 
 _DATA = "_names_of_data"
@@ -525,7 +526,7 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
             for name, value in values.items()
             if (_holds_numbers(value) if name in numbers else _is_data(value, own))
         )
-    rest = tuple((k, _Held(value)) for k, value in values.items() if k not in names)
+    rest = tuple((k, Held(value)) for k, value in values.items() if k not in names)
     return {name: values[name] for name in names}, _Structure(names, rest)
 
 
@@ -558,60 +559,7 @@ def _key(constraint: Constraint) -> Hashable:
     """What equality and hashing compare: the fields, or the object itself."""
     if not dataclasses.is_dataclass(constraint):
         return id(constraint)
-    return tuple((name, _Compared(value)) for name, value in _values(constraint).items())
-
-
-class _Compared:
-    """A value of a field, which is equal to others and hashes also if there are arrays in it."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Compared) and _equal(self.value, other.value)
-
-    def __hash__(self) -> int:
-        # Of an array not what it holds: that may be large, and on a device.
-        if is_array(self.value):
-            return hash((np.shape(self.value), str(jnp.result_type(self.value))))
-        if isinstance(self.value, (tuple, list)):
-            return hash(tuple(map(_Compared, self.value)))
-        return hash(self.value)
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-class _Held(_Compared):
-    """One that always hashes: what does not by itself is equal to itself alone."""
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Held):
-            return False
-        return self.value is other.value or (hash(self) == hash(other) and super().__eq__(other))
-
-    def __hash__(self) -> int:
-        try:
-            return super().__hash__()
-        except TypeError:
-            return id(self.value)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if is_array(a) and is_array(b):
-        if a.shape != b.shape or a.dtype != b.dtype or not (is_readable(a) and is_readable(b)):
-            return False
-        try:
-            return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        except (RuntimeError, TypeError):  # deleted, or a random key
-            return False
-    if is_array(a) or is_array(b):
-        return False
-    return a == b
+    return tuple((name, Compared(value)) for name, value in _values(constraint).items())
 
 
 def tangent_at(constraint: Constraint, w: Any, v: Any, memory: Any = (), slack: Any = None) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._sharding import automatic, explicit_axes
@@ -53,37 +54,29 @@ class Sample:
     """How many numbers the gauge has in all."""
 
 
-def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
+def sample(
+    constraint: Any, weights: Any, memory: Any = (), gauge: Gauge | None = None
+) -> Sample | None:
     """Takes what there is to see of a leaf or group back from its device.
 
     Args:
         constraint: A constraint, settled and with numbers in place of schedules.
         weights: An array, or those of a group in a tuple; not traced.
         memory: What is remembered of them.
+        gauge: What `gauged` says of them, if that is known.
 
     Returns:
         Up to 65,536 numbers, evenly spaced in their array; in a run of several processes those
         that are on devices of this one. None if there are none.
     """
+    from optax_constraints._called import called  # its imports need this file
+
     first = weights if isinstance(weights, jax.Array) else weights[0]
 
-    def measured(_: Any, weights: Any, this: Any, memory: Any) -> Gauge:
-        gauge = this.gauge(weights, memory)
-        bounds = {
-            name: jnp.broadcast_to(bound, gauge.values.shape)
-            for name in ("low", "high")
-            if np.ndim(bound := getattr(gauge, name)) and np.size(bound) > 1
-        }
-        return dataclasses.replace(gauge, **bounds)
-
-    def gauged(weights: Any, memory: Any) -> Gauge:
-        like = jax.tree.leaves(weights)[0]
-        spec = jax.sharding.PartitionSpec()
-        return automatic(measured, like, weights, constraint, memory, spec=spec)
-
-    # Not compiled, numbers of one device do not get onto a mesh with Explicit axes.
-    with jax.debug_infs(False):  # an entry without a bound has an infinite one
-        gauge = (jax.jit(gauged) if explicit_axes(first) else gauged)(weights, memory)
+    if gauge is None:
+        with jax.debug_infs(False):  # an entry without a bound has an infinite one
+            gauge = called(gauged, constraint, weights, memory, compiled=True)
+    assert gauge is not None
     values = _on_host(gauge.values)
     if not values.size:
         return None
@@ -103,6 +96,28 @@ def sample(constraint: Any, weights: Any, memory: Any = ()) -> Sample | None:
         int(values.size - finite.sum()),
         gauge.values.size,
     )
+
+
+def gauged(constraint: Any, weights: Any, memory: Any = ()) -> Gauge:
+    """The gauge of a set, on one device or a mesh."""
+
+    def measured(_: Any, weights: Any, this: Any, memory: Any) -> Gauge:
+        gauge = this.gauge(weights, memory)
+        bounds = {
+            name: jnp.broadcast_to(bound, gauge.values.shape)
+            for name in ("low", "high")
+            if np.ndim(bound := getattr(gauge, name)) and np.size(bound) > 1
+        }
+        return dataclasses.replace(gauge, **bounds)
+
+    def gauge(weights: Any, memory: Any) -> Gauge:
+        spec = jax.sharding.PartitionSpec()
+        return automatic(measured, like, weights, constraint, memory, spec=spec)
+
+    like = jax.tree.leaves(weights)[0]
+    # Not compiled, numbers of one device do not get onto a mesh with Explicit axes.
+    eager = not isinstance(like, Tracer) and explicit_axes(like)
+    return (jax.jit(gauge) if eager else gauge)(weights, memory)
 
 
 def _bound(bound: Any, end: int) -> np.ndarray:

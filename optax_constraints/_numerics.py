@@ -59,8 +59,11 @@ def _parts(x: jax.Array, axis: tuple[int, ...] | None) -> int:
     return parts
 
 
-def _sum_of_squares_in_parts(x: jax.Array, axis: tuple[int, ...], parts: int) -> jax.Array:
-    """`sum_of_squares`, first of parts of the first axis."""
+def _sum_of_squares_in_parts(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    """`sum_of_squares`, first of the parts that there are."""
+    parts = _parts(x, axis)
+    if axis is None or parts == 1:
+        return sum_of_squares(x, axis)
     split = x.reshape(parts, -1, *x.shape[1:])
     squares = jnp.sum(jnp.square(split), axis=tuple(a + 1 for a in axis), keepdims=True)
     # Without a barrier XLA makes one sum of the two.
@@ -112,17 +115,15 @@ def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     )
 
 
-def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None, *, in_parts: bool = False) -> jax.Array:
     """The norm by one sum in float64, where no square of a float32 leaves the range.
 
-    GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of one sum
-    and the optimizer before it, but not of three.
+    CPUs and GPUs have the type, whether or not JAX gives it to its users. XLA makes one kernel of
+    one sum and the optimizer before it, but not of three, nor of what is under a condition.
     """
+    squares = _sum_of_squares_in_parts if in_parts else sum_of_squares
     with enable_x64(True):
-        wide, parts = x.astype(jnp.float64), _parts(x, axis)
-        if axis is None or parts == 1:
-            return jnp.sqrt(sum_of_squares(wide, axis)).astype(x.dtype)
-        return jnp.sqrt(_sum_of_squares_in_parts(wide, axis, parts)).astype(x.dtype)
+        return jnp.sqrt(squares(x.astype(jnp.float64), axis)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -134,19 +135,20 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     wide = x.dtype == jnp.float64
     return lax.platform_dependent(
         x,
-        cpu=functools.partial(_fallback_norm, axis=axis),
-        cuda=functools.partial(_three_range_norm if wide else _wide_norm, axis=axis),
+        cpu=functools.partial(_fallback_norm if wide else _wide_norm, axis=axis),
+        cuda=functools.partial(_three_range_norm, axis=axis)
+        if wide
+        else functools.partial(_wide_norm, axis=axis, in_parts=True),
         default=functools.partial(_three_range_norm, axis=axis),
     )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    parts = _parts(x, axis)
-    if axis is None or parts == 1:
+    if _parts(x, axis) == 1:
         return jnp.sqrt(sum_of_squares(x, axis))
-    in_parts = functools.partial(_sum_of_squares_in_parts, axis=axis, parts=parts)
-    whole = functools.partial(sum_of_squares, axis=axis)
+    squares = (functools.partial(f, axis=axis) for f in (_sum_of_squares_in_parts, sum_of_squares))
+    in_parts, whole = squares
     return jnp.sqrt(lax.platform_dependent(x, cuda=in_parts, default=whole))
 
 
@@ -173,10 +175,10 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     """Euclidean norm along `axis`, kept as axes of length 1.
 
     Right from the smallest normal number to the largest, and differentiable at zero
-    (with derivative 0 there). One pass over `x`: on the CPU the scaled sums, which XLA does
-    not fuse with the plain one there, are under a condition; on a GPU, where a condition costs
-    a round trip to the host, there is one sum, in float64; on other accelerators sibling sums
-    share their pass, and all three are taken at once.
+    (with derivative 0 there). One pass over `x`. On a CPU and on a GPU there is one sum, in
+    float64. Of float64 itself the scaled sums are under a condition on a CPU, where XLA does not
+    fuse them with the plain one. Elsewhere sibling sums share their pass, and all three are taken
+    at once.
 
     Args:
         x: Array in float32 or float64.
@@ -257,6 +259,18 @@ def power_of_two(largest: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(largest), -exponent)
 
 
+def power_below(x: jax.Array) -> jax.Array:
+    """The power of two at or below a positive number, to the bit; within range also of others.
+
+    From its bits: XLA's CPU backend compiles such operations into what uses them.
+    """
+    info = jnp.finfo(x.dtype)
+    ordinary = jnp.clip(x, 4 * float(info.tiny), 2.0 ** (int(info.maxexp) - 3))
+    kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(ordinary, kind) >> info.nmant << info.nmant
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
 def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """`x` to the bit, but on the CPU it is not known until the array `before` is.
 
@@ -265,15 +279,61 @@ def in_turn(x: jax.Array, before: jax.Array | None) -> jax.Array:
     """
     if before is None or not before.size or not isinstance(x, Tracer):
         return x
+    return _times(x, _one_after([before]))
+
+
+@jax.jit
+def _one_after(arrays: list[jax.Array]) -> jax.Array:
+    """The number 1, which on the CPU is not known until all of the arrays are."""
 
     def one(number: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
         # There are at most 64 of them. XLA does not know that, and so not that this is always 1.
         return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
 
-    number = jnp.max(lax.stop_gradient(before))
-    ones = lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
-    return x * ones.astype(x.dtype)
+    dtype = widest(*(x.dtype for x in arrays))
+    each = (jnp.max(lax.stop_gradient(x)).astype(dtype) for x in arrays)
+    number = functools.reduce(lax.max, each)
+    return lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
+
+
+@jax.jit
+def _times(x: jax.Array, one: jax.Array) -> jax.Array:
+    return x * one.astype(x.dtype)
+
+
+class InTurn:
+    """The order in which leaves are summed, so that what is kept of them shares its memory.
+
+    As many leaves at once as together have about the size of the largest take a turn, and the
+    next ones wait until the norms of these are known.
+
+    Args:
+        largest: The size of the largest leaf.
+    """
+
+    def __init__(self, largest: int):
+        self._most = largest + largest // 4  # a kernel with its bias
+        self._size = 0
+        self._ends: list[jax.Array] = []
+        self._one: jax.Array | None = None
+
+    def wait(self, x: Any) -> Any:
+        """A tree of arrays to the bit, which is not known until the last turn is over."""
+        leaves = jax.tree.leaves(x)
+        size = sum(leaf.size for leaf in leaves)
+        if self._size + size > self._most and self._ends:
+            self._size, self._one, self._ends = 0, _one_after(self._ends), []
+        self._size += size
+        one = self._one
+        if one is None or not any(isinstance(leaf, Tracer) for leaf in leaves):
+            return x
+        return jax.tree.map(lambda leaf: _times(leaf, one), x)
+
+    def end(self, known: jax.Array | None) -> None:
+        """Says what is known when a leaf has been summed."""
+        if known is not None and known.size:
+            self._ends.append(known)
 
 
 def stored(w: jax.Array) -> jax.Array:

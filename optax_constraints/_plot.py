@@ -25,9 +25,10 @@ from optax_constraints.sets._common import MatrixSet, UnitSet
 from optax_constraints.sets.combinators import Several, Single, Stacked
 from optax_constraints.sets.matrix import Radial, SkewSymmetric, Symmetric
 from optax_constraints.sets.operator import MaxOperatorNorm
-from optax_constraints.sets.order import NM, Monotone, TopK
+from optax_constraints.sets.order import Monotone
 from optax_constraints.sets.pattern import ZeroDiagonal
 from optax_constraints.sets.sequence import ConcaveSequence, ConvexSequence
+from optax_constraints.sets.sparsity import NM, TopK
 from optax_constraints.sets.transport import DoublyStochastic, Transport
 from optax_constraints.sets.unimodal import Unimodal
 

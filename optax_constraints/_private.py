@@ -42,7 +42,7 @@ PRIVATE = (
     ),
     Private(
         "jax.typeof",
-        ("_sharding.py", "sets/combinators.py"),
+        ("_sharding.py", "sets/part.py"),
         "The type of an array has a sharding with a spec and a mesh, and the mesh has the names "
         "and the types of its axes: none for an array that is on no mesh.",
     ),

@@ -12,11 +12,12 @@ from jax.core import Tracer
 
 from optax_constraints import _stats
 from optax_constraints._axes import Layout
+from optax_constraints._called import called
 from optax_constraints._constraint import Constraint, difference, moved
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._kept_params import with_kept_params
 from optax_constraints._lost_steps import warn_of_lost_steps, warn_of_one_value
-from optax_constraints._numerics import in_turn
+from optax_constraints._numerics import InTurn, in_turn
 from optax_constraints._patterns import Rules
 from optax_constraints._private import called_from_optax
 from optax_constraints._rules import Binder
@@ -131,15 +132,14 @@ def project(
         def projected(
             bound: Bindings, updates: Any, memory: dict[str, Any], shown: dict[str, Any]
         ) -> Any:
-            before, measured = None, []
+            order, measured = InTurn(bound.largest if not stats else 0), []
 
             def move(
                 constraint: Constraint, p: Any, own: Any, u: Any, done: Any = None
             ) -> tuple[Any, Any]:
-                nonlocal before
                 if stats or constraint.unitwise:
-                    u = jax.tree.map(lambda u: in_turn(u, before), u)
-                prepared: Any = constraint.prepare(p, u, own) if done is None else None
+                    u = order.wait(u)
+                prepared: Any = called("prepare", constraint, p, u, own) if done is None else None
                 known = None
                 if done is not None:
                     new, kept = difference(done[0], p, u), done[1]
@@ -147,13 +147,14 @@ def project(
                     total = jax.tree.map(moved, p, u)
                     known = _stats.of_entries(constraint, p, u, total, own)
                     before = jnp.stack([known.update, known.correction])
+                    order.end(before)
                     total = jax.tree.map(lambda x: in_turn(x, before), total)
                     new, kept = constraint.lead(p, u, total, own)
                 else:
                     if stats and (known := _stats.of_update(constraint, p, u, own, prepared)):
                         prepared = in_turn(prepared, jnp.stack([known.update, known.correction]))
-                    new, kept = constraint.update(p, u, own, prepared)
-                before = before if prepared is None else prepared
+                    new, kept = called("update", constraint, p, u, own, prepared)
+                order.end(prepared)
                 if keep_dtype:
                     new = _narrowed(constraint, p, new, u, own)
                 if stats:
@@ -292,7 +293,7 @@ def bound_now(
 
 def advance(constraint: Constraint, weights: Any, memory: Any, done: Any = None) -> tuple[Any, Any]:
     """What `constrain` puts in the place of weights, and what to remember."""
-    return constraint.advance(weights, memory) if done is None else done
+    return called("advance", constraint, weights, memory) if done is None else done
 
 
 def constrain_bound(

@@ -11,12 +11,13 @@ from jax.core import Tracer
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
+from optax_constraints._called import called
 from optax_constraints._constraint import Constraint, parts_of
-from optax_constraints._gauge import Histogram, histogram, sample
+from optax_constraints._gauge import Gauge, Histogram, gauged, histogram, sample
 from optax_constraints._groups import Group
 from optax_constraints._html import report_html
 from optax_constraints._patterns import Rules
-from optax_constraints._violations import between, distance, visits
+from optax_constraints._violations import away_from, between, distance, visits
 from optax_constraints._walk import Bound, Visit
 
 _WIDTH = 100
@@ -229,7 +230,8 @@ def assert_feasible(  # noqa: D417  # what verbs share is said once, in `constra
             continue
         arrays = jax.tree.leaves(weights)
         constrained += len(arrays)
-        away = _read("assert_feasible", bound, distance(weights, constraint, memory))
+        distances = called(away_from, constraint, weights, memory, compiled=True)
+        away = _read("assert_feasible", bound, distances)
         rounding = allowance(constraint, arrays, tolerance) if any(away) else 0.0
         for path, w, own in zip(bound.paths, arrays, away, strict=True):
             if not own <= rounding:  # also if it is NaN
@@ -256,6 +258,7 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+@jax.jit
 def _norm(w: jax.Array) -> jax.Array:
     """The norm of an array, in float32 or wider."""
     return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
@@ -296,6 +299,16 @@ def _units_of(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, A
     return _units(constraint, constraint.advance(weights, memory)[0])
 
 
+def _measured(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
+    """The distances of arrays to their set, and what `_units` says."""
+    projected, _ = constraint.advance(weights, memory)
+    return between(weights, projected), *_units(constraint, projected)
+
+
+def _measured_and_gauged(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, ...]:
+    return *_measured(constraint, weights, memory), gauged(constraint, weights, memory)
+
+
 def rows_of(
     visit: Visit,
     run: Callable[..., Any] = _run,
@@ -329,12 +342,18 @@ def rows_of(
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
+    gauge: list[Any] = []
     if frugal:
         distances = run(distance, weights, constraint, memory)
         units, at_bound = run(_units_of, constraint, weights, memory)
     else:
-        projected, _ = constraint.advance(weights, memory)
-        distances, (units, at_bound) = between(weights, projected), _units(constraint, projected)
+        # Bounds may be infinite.
+        infinite = not jax.config.jax_debug_infs  # pyright: ignore[reportAttributeAccessIssue]
+        shown = infinite and _is_quick(constraint, weights)
+        measure = _measured_and_gauged if shown else _measured
+        distances, units, at_bound, *gauge = called(
+            measure, constraint, weights, memory, compiled=True
+        )
     away = _read("report", bound, distances)
     allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
@@ -351,18 +370,25 @@ def rows_of(
         axis=getattr(own, "axis", None),
         units=None if units is None else int(units),
         at_bound=None if at_bound is None else int(at_bound),
-        histogram=None if frugal else _histogram(constraint, weights, memory, inside),
+        histogram=None if frugal else _histogram(constraint, weights, memory, inside, *gauge),
     )
     return rows
 
 
-def _histogram(constraint: Constraint, weights: Any, memory: Any, inside: bool) -> Histogram | None:
-    """Where units stand, if it does not take long."""
+def _is_quick(constraint: Constraint, weights: Any) -> bool:
+    """Whether it does not take long to say where units stand."""
     arrays = jax.tree.leaves(weights)
     work = sum(w.size for w in arrays) * max(w.shape[-1] if w.ndim else 1 for w in arrays)
-    if any(part.spectral for part in parts_of(constraint)) and work > _MOST_WORK:
+    return work <= _MOST_WORK or not any(part.spectral for part in parts_of(constraint))
+
+
+def _histogram(
+    constraint: Constraint, weights: Any, memory: Any, inside: bool, gauge: Gauge | None = None
+) -> Histogram | None:
+    """Where units stand, if it does not take long."""
+    if not _is_quick(constraint, weights):
         return None
-    found = sample(constraint, weights, memory)
+    found = sample(constraint, weights, memory, gauge)
     if found is None:
         return None
     # Of a set like a sphere, what has no direction and stays zero is inside, too.

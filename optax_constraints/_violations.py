@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from optax_constraints import _numerics
 from optax_constraints._axes import Layout
+from optax_constraints._called import called
 from optax_constraints._constraint import Constraint
 from optax_constraints._patterns import Rules
 from optax_constraints._rules import Binder
@@ -87,7 +88,7 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
     for bound, constraint, weights, memory in found:
         if constraint is None:
             continue
-        away = jax.tree.leaves(distance(weights, constraint, memory))
+        away = jax.tree.leaves(called(away_from, constraint, weights, memory, compiled=True))
         for path, own in zip(bound.paths, away, strict=True):
             # {"a": {"b": ...}, "a/b": ...} has two leaves of one path.
             other = distances.get(path)
@@ -98,6 +99,11 @@ def violations(  # noqa: D417  # what verbs share is said once, in `constrain`
 def distance(weights: Any, constraint: Constraint, memory: Any = ()) -> Any:
     """Euclidean distance of each array to its projection, scalars in float32 or float64."""
     return between(weights, constraint.advance(weights, memory)[0])
+
+
+def away_from(constraint: Constraint, weights: Any, memory: Any) -> Any:
+    """`distance`, of a constraint first."""
+    return distance(weights, constraint, memory)
 
 
 def between(weights: Any, projected: Any) -> Any:

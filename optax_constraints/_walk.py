@@ -114,6 +114,13 @@ class Bindings:
     def __len__(self) -> int:
         return len(self._bound)
 
+    @functools.cached_property
+    def largest(self) -> int:
+        """The size of the largest leaf or group that is constrained."""
+        own = (b.leaves for b in self._bound if b.constraint is not None)
+        sizes = (sum(math.prod(x.shape) for x in leaves if x is not None) for leaves in own)
+        return max(sizes, default=0)
+
     @property
     def keyed(self) -> list[tuple[str, Bound]]:
         """Each leaf or group with its key: its path or name, numbered where it is not the first."""

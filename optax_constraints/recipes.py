@@ -25,9 +25,10 @@ from optax_constraints._project import project
 from optax_constraints._text import describe, shown
 from optax_constraints._trees import leaves_by_path, shape_and_dtype
 from optax_constraints._walk import is_absent
-from optax_constraints.sets.combinators import compose, part, stacked
+from optax_constraints.sets.combinators import compose, stacked
 from optax_constraints.sets.elementwise import scale
 from optax_constraints.sets.norm import fixed_norm, unit_norm
+from optax_constraints.sets.part import part
 
 
 def relative_step(

@@ -1,5 +1,7 @@
-"""Fixtures that several files share, and a cache of compiled programs."""
+"""Fixtures that several files share, and what makes compiling and tracing quick."""
 
+import functools
+import gc
 import os
 from pathlib import Path
 
@@ -11,12 +13,27 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Nobody reads where in the source an operation of a compiled program came from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Keras looks for TensorFlow if nobody says so.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax.numpy as jnp
+from jax._src.interpreters import mlir
 
 from optax_constraints import _config, _constraint
+
+# JAX loads all dialects of MLIR anew for each program, which for a small one takes longer than
+# to find it in the cache. Here programs share what was loaded.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
+def pytest_collection_finish():
+    """Has the garbage collector leave alone what stays until the end, and look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

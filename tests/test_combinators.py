@@ -1,7 +1,9 @@
 """Constraints made of others: what they project to, settle, remember and refuse."""
 
+import functools
 import json
 import re
+from typing import Any
 
 import cvxpy as cp
 import jax
@@ -9,13 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import bits, float64, norms
+from cases import bits, derivatives, float64, norms
 
 import optax_constraints as oc
 from optax_constraints._axes import LeafLayout
 
-W = 3 * jax.random.normal(jax.random.key(0), (6, 4))
 X64 = bool(jax.config.jax_enable_x64)
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: Any = float) -> jax.Array:
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+W = normal(6, 4, scale=3)
 
 
 # Soft.
@@ -96,7 +104,7 @@ def test_the_rest_of_a_part_is_free_to_the_bit():
 
 
 def test_axes_are_those_of_the_part():
-    kernel = jax.random.normal(jax.random.key(0), (5, 4, 12))
+    kernel = normal(5, 4, 12)
     layout = LeafLayout("LSTMCell", fan_in=(1,), stacked=(0,))
     part = oc.part(oc.max_norm(1.0, axis="fan_in"), "2, :, :3").settle("w", kernel.shape, layout)
     assert part.constraint.axis == (0,)
@@ -140,7 +148,7 @@ def test_parts_that_a_leaf_does_not_have(index, message):
 
 def test_elementwise_parts_are_exact_in_the_chain():
     tx = optax.chain(optax.sgd(1.0), oc.project(oc.part(oc.box(-0.01, 0.01), "1:")))
-    w = jax.random.normal(jax.random.key(1), (6, 4), jnp.bfloat16)
+    w = normal(6, 4, seed=1, dtype=jnp.bfloat16)
     updates, _ = tx.update(w, tx.init(w), w)
     after = float64(optax.apply_updates(w, updates))
     assert np.max(np.abs(after[1:])) <= float(jnp.bfloat16(0.01))
@@ -196,17 +204,21 @@ def test_an_intersection_of_planes_is_smooth_and_one_of_balls_is_not():
 
 def test_gradients_go_through_an_intersection():
     both = oc.intersection(oc.non_neg(), oc.max_norm(1.0))
-    w, dw, cotangent = (
-        jax.random.normal(key, (6, 4)) for key in jax.random.split(jax.random.key(3), 3)
-    )
-    _, forward = jax.jvp(both, (w,), (dw,))
-    (backward,) = jax.vjp(both, w)[1](cotangent)
+    w, dw, cotangent = (normal(6, 4, seed=seed) for seed in range(3))
+    forward, backward = derivatives(both, w, dw, cotangent)
     np.testing.assert_allclose(jnp.vdot(forward, cotangent), jnp.vdot(dw, backward), rtol=1e-4)
 
 
 PLANES = oc.intersection(oc.sum_to(0.0), oc.hyperplane([1.0, 2.0, 3.0], 0.0))
+BOXED = oc.intersection(*PLANES.constraints, oc.box(-5.0, 5.0))
 # Onto the one line that is in both.
 ONTO_LINE = np.outer([1, -2, 1], [1, -2, 1]) / 6
+
+
+@functools.cache
+def jacobians(constraint: oc.Constraint) -> Any:
+    """By forward and by reverse mode: one program for all tests."""
+    return jax.jit(lambda w: (jax.jacfwd(constraint)(w), jax.jacrev(constraint)(w)))
 
 
 @pytest.mark.parametrize(
@@ -214,24 +226,21 @@ ONTO_LINE = np.outer([1, -2, 1], [1, -2, 1]) / 6
     [
         (PLANES, ([0, 0, 0], [0.3, 0.1, -0.7], [1, 1, 1])),
         # Where all of them hold, the box makes no difference.
-        (oc.intersection(*PLANES.constraints, oc.box(-5.0, 5.0)), ([0, 0, 0],)),
+        (BOXED, ([0, 0, 0],)),
     ],
     ids=["planes", "planes and a box"],
 )
 def test_the_derivative_of_planes_is_that_of_the_projection(constraint, offsets):
     accuracy = 1e-9 if X64 else 5e-5
 
-    @jax.jit
-    def derivatives(w):
-        hessian = jax.hessian(lambda w: jnp.sum(jnp.square(constraint(w))))
-        return jax.jacfwd(constraint)(w), jax.jacrev(constraint)(w), hessian(w)
-
+    hessian = jax.jit(jax.hessian(lambda w: jnp.sum(jnp.square(constraint(w)))))
     start = jnp.array([1.0, -2.0, 1.0])
     for offset in offsets:
-        forward, backward, hessian = derivatives(start + jnp.array(offset))
+        w = start + jnp.array(offset)
+        forward, backward = jacobians(constraint)(w)
         np.testing.assert_allclose(forward, ONTO_LINE, atol=accuracy)
         np.testing.assert_allclose(backward, ONTO_LINE, atol=accuracy)
-        np.testing.assert_allclose(hessian, 2 * ONTO_LINE, atol=4 * accuracy)
+        np.testing.assert_allclose(hessian(w), 2 * ONTO_LINE, atol=4 * accuracy)
     # Outside of jit, too.
     np.testing.assert_allclose(jax.jacfwd(constraint)(start), ONTO_LINE, atol=accuracy)
 
@@ -268,21 +277,18 @@ def test_allowed_points_of_an_intersection_have_finite_gradients():
 
 def test_what_an_intersection_returned_is_allowed_also_to_its_derivative():
     # It need not be so to the bit.
-    both = oc.intersection(*PLANES.constraints, oc.box(-5.0, 5.0))
-    jacobian = jax.jit(jax.jacfwd(both))
     for seed in range(20):
-        w = both(jax.random.normal(jax.random.key(seed), (3,)))
-        np.testing.assert_allclose(jacobian(w), ONTO_LINE, atol=1e-3)
+        w = BOXED(normal(3, seed=seed))
+        np.testing.assert_allclose(jacobians(BOXED)(w)[0], ONTO_LINE, atol=1e-3)
 
 
 def test_the_derivative_close_to_a_set_is_as_right_as_far_from_it():
     # Where the point needs few rounds and its derivative as many as ever.
-    both = oc.intersection(oc.sum_to(0.0), oc.hyperplane([1.0, 2.0, 3.0], 0.0), oc.box(-5.0, 5.0))
     inside = jnp.array([1.0, -2.0, 1.0])
     for away in (1e-4, 1e-2, 1.0):
         w = inside + away * jnp.array([0.3, 0.1, -0.7])
-        np.testing.assert_allclose(jax.jit(jax.jacfwd(both))(w), ONTO_LINE, atol=2e-4)
-        np.testing.assert_allclose(jax.jit(jax.jacrev(both))(w), ONTO_LINE, atol=2e-4)
+        for jacobian in jacobians(BOXED)(w):
+            np.testing.assert_allclose(jacobian, ONTO_LINE, atol=2e-4)
 
 
 def test_an_infinity_in_one_unit_does_not_end_the_rounds_of_others():
@@ -296,7 +302,7 @@ def test_an_infinity_in_one_unit_does_not_end_the_rounds_of_others():
 def test_sets_that_meet_at_a_flat_angle_converge_or_say_that_they_did_not(order):
     sets = [oc.sum_to(1.0), oc.box(0.0, 0.3)]
     sets = sets[::-1] if order else sets
-    w = jax.random.normal(jax.random.key(0), (50, 20))
+    w = normal(50, 20)
     near, far = oc.intersection(*sets), oc.intersection(*sets, iterations=20)
     x = near(w)
     assert np.max(np.abs(np.sum(float64(x), axis=0) - 1)) <= 1e-4
@@ -315,7 +321,7 @@ def test_sets_that_meet_at_a_flat_angle_converge_or_say_that_they_did_not(order)
 
 def test_the_units_of_an_intersection_have_each_their_own_momentum():
     both = oc.intersection(oc.sum_to(1.0), oc.box(0.0, 0.3))
-    w = 30 * jax.random.normal(jax.random.key(0), (50, 6))
+    w = normal(50, 6, scale=30)
     together, alone = both(w), jnp.concatenate([both(w[:, k : k + 1]) for k in range(6)], axis=1)
     np.testing.assert_allclose(together, alone, atol=1e-3)
 
@@ -426,7 +432,7 @@ def test_nested_combinators():
     constraint = oc.Stacked(
         oc.compose(oc.part(oc.non_neg(), "0"), oc.soft(oc.max_norm(1.0), 1.0)), axis=-1
     )
-    w = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    w = normal(4, 3, 2)
     got = float64(oc.constrain({"w": w}, {"w": constraint})["w"])
     assert np.min(got[0]) >= 0
     assert np.max(norms(got, 0)) <= 1 + 1e-6

@@ -17,15 +17,17 @@ def sweep(constraint, params, steps: int = 30):
     """Values after each step of training with random gradients."""
     tx = optax.chain(optax.sgd(1.0), oc.project(constraint))
 
-    def step(carry, key):
+    def step(carry, grads):
         params, state = carry
-        grads = 0.3 * jax.random.normal(key, params.shape).astype(params.dtype)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    keys = jax.random.split(jax.random.key(0), steps)
-    return jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), keys)[1])(params)
+    # From NumPy: JAX's generator would be compiled into each program.
+    grads = 0.3 * np.random.default_rng(0).normal(size=(steps, *params.shape))
+    grads = grads.astype(np.float32).astype(params.dtype)
+    run = jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads)[1])
+    return run(params, grads)
 
 
 # Box.

@@ -22,10 +22,8 @@ def same(a, b) -> bool:
 
 
 def gradients(step: int):
-    keys = jax.random.split(jax.random.key(step), 3)
-    leaves, treedef = jax.tree.flatten(PARAMS)
-    noise = [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
-    return treedef.unflatten(noise)
+    rng = np.random.default_rng(step)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
 
 
 def run(tx, steps: int, passed: bool, together: bool = False):

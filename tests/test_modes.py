@@ -119,18 +119,26 @@ def traced(case: Case, dtype: Any) -> dict[str, str]:
     return failures(lambda use: jax.eval_shape(use, w, w), uses(case))
 
 
+@functools.cache
+def passes_strictly(case: Case, dtype: Any) -> bool:
+    """Whether all can be traced in the two strict modes at once: then each alone has nothing
+    to complain of either, and one trace is enough for both tests."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        return traced(case, dtype) == {}
+
+
 @each_dtype
 @each_case
 def test_strict_dtype_promotion(case: Case, dtype):
     with jax.numpy_dtype_promotion("strict"):
-        assert traced(case, dtype) == {}
+        assert passes_strictly(case, dtype) or traced(case, dtype) == {}
 
 
 @each_dtype
 @each_case
 def test_rank_promotion_raises(case: Case, dtype):
     with jax.numpy_rank_promotion("raise"):
-        assert traced(case, dtype) == {}
+        assert passes_strictly(case, dtype) or traced(case, dtype) == {}
 
 
 @pytest.mark.parametrize("mode", ["dtype", "rank"])

@@ -12,7 +12,8 @@ from sklearn.isotonic import isotonic_regression
 
 import optax_constraints as oc
 from optax_constraints._axes import LeafLayout
-from optax_constraints.sets.order import NM, Monotone, TopK
+from optax_constraints.sets.order import Monotone
+from optax_constraints.sets.sparsity import NM, TopK
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 EPS = float(jnp.finfo(DTYPE).eps)

@@ -27,16 +27,16 @@ def trained(constraint, params, steps: int = 20):
     """The weights after each step of training with random gradients, and the last state."""
     tx = optax.chain(optax.sgd(0.5), oc.project(constraint))
 
-    def step(carry, key):
+    def step(carry, grads):
         params, state = carry
-        grads = jax.random.normal(key, params.shape).astype(params.dtype)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    keys = jax.random.split(jax.random.key(0), steps)
-    (_, state), after = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(
-        (params, tx.init(params))
+    # From NumPy: JAX's generator would be compiled into each program.
+    grads = np.random.default_rng(0).normal(size=(steps, *params.shape)).astype(np.float32)
+    (_, state), after = jax.jit(lambda *carry: jax.lax.scan(step, *carry))(
+        (params, tx.init(params)), grads.astype(params.dtype)
     )
     return after, state
 

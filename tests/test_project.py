@@ -622,3 +622,33 @@ def test_names_of_axes_are_checked_and_kept():
         oc.max_norm(2.0, axis_name=3)  # pyright: ignore[reportArgumentType]  # it is refused
     with pytest.raises(ValueError, match=r"MaxNorm: axis_name='model' is no axis here; it is for"):
         oc.max_norm(2.0, axis_name="model")(jnp.ones(3))
+
+
+def test_leaves_of_one_shape_under_equal_constraints_are_traced_once():
+    class Own(oc.Constraint):
+        def __call__(self, w):
+            calls.append(w.shape)
+            return w
+
+    def functions(rules, params):
+        tx = oc.project(rules)
+        lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+        return lowered.as_text().count("func.func private @_called")
+
+    calls: list[tuple[int, ...]] = []
+    params = {name: jnp.ones((4, 3)) for name in "abcdef"}
+    assert functions(oc.max_norm(1.0), params) == 2  # prepare and update
+    assert functions({"a": oc.max_norm(1), "*": oc.max_norm(2.0)}, params) == 4
+    # A set of a user's own may count on being called.
+    assert functions(Own(), params) == 0
+    assert calls.count((4, 3)) >= len(params)
+
+
+def test_numbers_that_are_traced_are_not_kept_in_a_shared_trace():
+    params = {"a": 3 * jnp.ones(4), "b": 3 * jnp.ones(4)}
+    rules = {"a": oc.max_norm(lambda step: 1.0 + step), "b": oc.max_norm(oc.arg("most"))}
+    constrained = jax.jit(lambda most, step: oc.constrain(params, rules, step=step, extra=most))
+    for most, step in ((1.0, 2), (4.0, 0)):
+        new = constrained({"most": most}, step)
+        got = [float(jnp.linalg.norm(new[name])) for name in "ab"]
+        np.testing.assert_allclose(got, [1.0 + step, most], rtol=1e-6)

@@ -1,10 +1,12 @@
 """Each code block of README.md and docs/ runs as pasted, and prints what is shown there."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,44 +23,55 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 BLOCKS = blocks(README)
 
-# Runs blocks of code, each with names of its own. What they print is a list on the last line.
+# Runs blocks of code, each with names of its own. What they print, or how they fail, is a list
+# on the last line.
 RUNNER = """
-import contextlib, io, json, sys
+import contextlib, gc, io, json, sys, traceback
+gc.set_threshold(50_000, 20, 20)
 outputs = []
 for code in json.load(sys.stdin):
+    failed = ""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(code, code, "exec"), {"__name__": "__main__"})
-    outputs.append(output.getvalue())
+        try:
+            exec(compile(code, code, "exec"), {"__name__": "__main__"})
+        except Exception:
+            failed = traceback.format_exc()
+    outputs.append(failed or output.getvalue())
 print(json.dumps(outputs))
 """
+PAGES = {page: blocks(text) for page, text in {"README.md": README, **DOCS}.items()}
 
 
-def processes() -> dict[str, list[tuple[str, str]]]:
-    """Blocks that run in one process: those of a page, but for what starts JAX in its own way."""
-    found = {}
-    for page, text in {"README.md": README, **DOCS}.items():
-        alone = {f"{page} {i}": [b] for i, b in enumerate(blocks(text)) if "os.environ" in b[0]}
-        found |= {page: [b for b in blocks(text) if [b] not in alone.values()], **alone}
-    return {name: own for name, own in found.items() if own}
+@functools.cache
+def outputs(starts_jax: tuple[str, str] | None = None) -> dict[tuple[str, str], str]:
+    """What the blocks of all pages print: one process imports JAX and compiles for all of them.
 
-
-@pytest.mark.parametrize("name", processes())
-def test_code_blocks(name, tmp_path):
-    codes, outputs = zip(*processes()[name], strict=True)
+    A block that starts JAX in its own way has a process for itself.
+    """
+    every = [block for page in PAGES.values() for block in page]
+    own = [starts_jax] if starts_jax else [b for b in every if "os.environ" not in b[0]]
     # README shows results in float32.
     environment = {**os.environ, "JAX_ENABLE_X64": "0"}
     # A warning, such as for a rule that does nothing, would be an example of what not to write.
     command = [sys.executable, "-W", "error", "-c", RUNNER]
-    run = subprocess.run(
-        command,
-        input=json.dumps(codes),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(
+            command,
+            input=json.dumps([code for code, _ in own]),
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+        )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == list(outputs)
+    return dict(zip(own, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("page", [page for page, own in PAGES.items() if own])
+def test_code_blocks(page):
+    for block in PAGES[page]:
+        printed = outputs(block if "os.environ" in block[0] else None)[block]
+        assert printed == block[1], block[0]
 
 
 def test_the_first_example_stands_at_the_top():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optax_constraints as oc
+from optax_constraints import _constraint
 
 
 def rows(table: oc.Report) -> dict[str, object]:
@@ -153,3 +154,13 @@ def test_unmatched_rules_are_errors_here_too():
     with pytest.raises(ValueError, match="'kernal' matches no leaf"):
         oc.report(large_tree(), {"kernal": oc.non_neg()})
     assert len(oc.report(large_tree(), {"kernal": oc.non_neg()}, strict=False).rows) == 200
+
+
+def test_leaves_of_one_shape_under_equal_constraints_share_a_program():
+    params = {f"layer_{i}": jnp.full((5, 7), i / 4) for i in range(6)}
+    before = _constraint._called._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    table = oc.report(params, oc.max_norm(1.75))
+    assert _constraint._called._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
+    outside = [row.outside for row in table.rows]
+    want = [7**0.5 * max(0.0, 5**0.5 * i / 4 - 1.75) for i in range(6)]
+    np.testing.assert_allclose(outside, want, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """Live statistics: what `project(rules, stats=True)` says of each step."""
 
 import functools
+import itertools
 import pickle
 
 import cvxpy
@@ -20,17 +21,24 @@ from optax_constraints import flax as ocf
 
 partition = getattr(optax, "partition", None) or optax.multi_transform
 
+
+def normal(*shape: int, seed: int, scale: float = 1.0, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray((scale * np.random.default_rng(seed).normal(size=shape)).astype(dtype))
+
+
 PARAMS = {
-    "dense": {"kernel": jax.random.normal(jax.random.key(0), (4, 3)), "bias": jnp.ones(3)},
-    "out": {"kernel": jax.random.normal(jax.random.key(1), (3, 2))},
+    "dense": {"kernel": normal(4, 3, seed=0), "bias": jnp.ones(3)},
+    "out": {"kernel": normal(3, 2, seed=1)},
 }
 RULES = {"dense/kernel": oc.max_norm(1.0), "bias": oc.non_neg(), "out/kernel": oc.unit_norm()}
 KEYS = ["dense/bias", "dense/kernel", "out/kernel"]
 
 
 def grads_like(params, seed=0, scale=1.0):
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda p: scale * jax.random.normal(next(keys), p.shape, p.dtype), params)
+    seeds = itertools.count(10 * seed)
+    return jax.tree.map(
+        lambda p: normal(*p.shape, seed=next(seeds), scale=scale, dtype=p.dtype), params
+    )
 
 
 def numbers(stats):
@@ -62,7 +70,7 @@ def test_values(case, dtype):
     # Weights that the update does not dwarf: their sum rounds to the dtype, as it does when stored.
     start = case.project(np.random.default_rng(0).normal(size=case.shape))
     params = {"w": jnp.asarray(start, dtype)}
-    updates = {"w": jax.random.normal(jax.random.key(1), case.shape, dtype)}
+    updates = {"w": normal(*case.shape, seed=1, dtype=dtype)}
     leaf, without, after = one_step({"w": case.constraint}, params, updates)
     leaf = leaf["w"]
     assert [x.dtype for x in leaf] == [jnp.float32, jnp.float32, jnp.int32, jnp.int32]
@@ -492,7 +500,7 @@ def test_other_rules_start_at_zero():
 
 # Flax.
 
-X = jax.random.normal(jax.random.key(7), (5, 4))
+X = normal(5, 4, seed=7)
 
 
 @pytest.mark.parametrize("constraint", [oc.max_norm(0.2), oc.fixed_norm("init")], ids=str)

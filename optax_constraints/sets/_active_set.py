@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_constraints._sharding import vary_like
+
 Solve = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 """From which numbers are free to their best values, and to the slope along each of the others."""
 
@@ -20,7 +22,7 @@ def free_numbers(
     axis: int,
     limit: int,
     enter: Callable[[jax.Array, jax.Array], jax.Array] = lambda wanted, slope: wanted,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Which numbers are positive in the minimum of a convex quadratic over non-negative numbers.
 
     At first whatever is negative leaves and what would lower the function enters, all at once,
@@ -39,32 +41,27 @@ def free_numbers(
         enter: Which of those that would lower the function enter.
 
     Returns:
-        Which are free.
+        Their values, and which are free.
     """
     of_number, of_slope = tolerances
 
     def step(state):
-        i, numbers, free, done = state
+        i, numbers, free, _ = state
         new, slope = solve(free)
         negative = free & (new < -of_number)
         wanted = ~free & (slope < -of_slope)
-        falls = jnp.any(negative, axis=axis, keepdims=True)
-        done = ~jnp.any(negative | wanted, axis=axis, keepdims=True)
         way = jnp.where(negative, numbers - new, 1)
-        share = jnp.where(negative, numbers / way, 1)
+        share = jnp.where(negative, numbers / way, 2)
         least = jnp.min(share, axis=axis, keepdims=True)
-        careful = (i >= QUICK) & falls
+        careful = (i >= QUICK) & (least < 2)
         leaving = negative & (~careful | (share <= least))
         entering = enter(wanted, slope) & ~careful
         numbers = jnp.where(careful, numbers + least * (new - numbers), new)
         free = (free & ~leaving) | entering
-        return i + 1, jnp.where(free, jnp.maximum(numbers, 0), 0), free, done
+        # As a number: XLA's CPU backend compiles `any` of a matrix slowly.
+        wrong = jnp.max((negative | wanted).astype(new.dtype))
+        return i + 1, jnp.where(free, jnp.maximum(numbers, 0), 0), free, wrong
 
     numbers = jnp.zeros_like(of_number + of_slope) * jnp.ones_like(start, of_number.dtype)
-    done = jnp.any(start & ~start, axis=axis, keepdims=True)
-
-    def going(state):
-        i, _, _, done = state
-        return (i < limit) & ~jnp.all(done)
-
-    return lax.while_loop(going, step, (0, numbers, start, done))[2]
+    first = 0, numbers, start, vary_like(jnp.ones((), numbers.dtype), start)
+    return lax.while_loop(lambda s: (s[0] < limit) & (s[3] > 0), step, first)[1:3]

@@ -7,8 +7,7 @@ by the rounding of its own sum (4 machine epsilons of the dtype it was taken in)
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,337 +15,21 @@ import jax.numpy as jnp
 from optax_constraints import _numerics
 from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
-from optax_constraints._constraint import Constraint, difference
-from optax_constraints._gauge import Gauge
+from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import (
     Number,
     concrete,
-    fields_of,
     is_number,
-    limits_of,
     number,
-    relative_to,
     value,
 )
-from optax_constraints._text import describe, shown
-from optax_constraints.sets._common import InParts, Parts, Units, UnitSet, widen
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _NormSet(InParts, UnitSet):
-    """What the sets of this family share: how a unit's norm becomes its factor."""
-
-    axis_name: str | tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        names = self.axis_name
-        if isinstance(names, (tuple, list)):
-            object.__setattr__(self, "axis_name", tuple(names))
-        for name in names if isinstance(names, (tuple, list)) else (names,):
-            if name is not None and not isinstance(name, str):
-                raise TypeError(
-                    f"{type(self).__name__}: axis_name={shown(names)} is not a name; write that of "
-                    "an axis of the mesh of jax.shard_map, such as 'model', or several."
-                )
-
-    def __repr__(self) -> str:
-        """As of any dataclass, without what is hardly ever there."""
-        fields = [f.name for f in dataclasses.fields(self) if f.name != "axis_name"]
-        fields += ["axis_name"] if self.axis_name is not None else []
-        values = (f"{name}={getattr(self, name)!r}" for name in fields)
-        return f"{type(self).__name__}({', '.join(values)})"
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, as values that JSON can hold; those of Keras if these do."""
-        config = super().get_config()
-        return {k: v for k, v in config.items() if (k, v) != ("axis_name", None)}
-
-    def settle(
-        self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
-    ) -> Constraint:
-        """This constraint for one leaf, of which the sizes have to be known."""
-        for field in fields_of(self) if self.axis_name is not None else ():
-            if limits_of(field) and relative_to(given := getattr(self, field.name)) - {"init"}:
-                raise ValueError(
-                    f"{type(self).__name__} on {describe(path, shape)}: {field.name}={given!r} "
-                    f"goes by sizes, and with axis_name={self.axis_name!r} those here are of the "
-                    "part on one device; write a number."
-                )
-        return super().settle(path, shape, layout)
-
-    def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        """The factor of a unit with this norm, and with that norm at init."""
-        raise NotImplementedError
-
-    def _one(self, size: int) -> float:
-        """What counts as a norm of 1 in a unit of so many entries."""
-        del size
-        return 1.0
-
-    sign_preserving = True
-
-    def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
-        """The largest norm."""
-        raise NotImplementedError
-
-    def _along_parts(
-        self, w: Parts, v: Parts, units: Units, memory: Any, slack: Any, rounding: float
-    ) -> Parts:
-        # Both sums in one pass. A norm whose square over- or underflows counts as zero.
-        squares = self._over_devices(units.sum(tuple(map(jnp.square, w))))
-        # A direction is the negative of a gradient: XLA's CPU backend would make an array of it.
-        against = tuple(map(jnp.negative, v))
-        inner = -self._over_devices(units.sum(tuple(map(jnp.multiply, w, against))))
-        norm = jnp.sqrt(squares) / self._one(self._size(w, units))
-        at_init: Any = memory if self.remembers and not isinstance(memory, tuple) else norm
-        bound = self._bound(norm.dtype, at_init)
-        known = (squares > 0) & (squares < jnp.inf)
-        off = jnp.where(known, inner / jnp.where(known, squares, 1), 0)
-        if not self.smooth:
-            at_bound = norm >= bound * (1 - 2 * rounding - _tolerance(norm)) - slack
-            off = jnp.where(at_bound, jnp.maximum(off, 0), 0)
-        # The norm 0 is that of one point.
-        return tuple(jnp.where(bound > 0, d - x * off, 0) for x, d in zip(w, v, strict=True))
-
-    def _over_devices(self, total: jax.Array) -> jax.Array:
-        """The sums of whole units, from those of their parts on the devices of `axis_name`."""
-        if self.axis_name is None:
-            return total
-        self._devices()  # raises where there is no such axis
-        return jax.lax.psum(total, self.axis_name)
-
-    @property
-    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
-        """Whether a bound is relative to the norm at init."""
-        names = (f.name for f in fields_of(self) if limits_of(f))
-        return any("init" in relative_to(getattr(self, name)) for name in names)
-
-    def remember(self, w: jax.Array) -> Any:
-        """The norm of each unit, if a bound is relative to it."""
-        return self._norm(w) if self.remembers else ()
-
-    def remember_parts(self, parts: Parts) -> Any:
-        """The norm of the vector, if a bound is relative to it."""
-        return self._norms(parts, Units.one(parts)) if self.remembers else ()
-
-    def _norm(self, w: jax.Array) -> jax.Array:
-        """The norm of each unit."""
-        return self._norms((w,), self._units(w))
-
-    def _norms(
-        self, parts: Parts, units: Units, norm: Callable[..., jax.Array] = _numerics.norm
-    ) -> jax.Array:
-        wide = tuple(widen(type(self).__name__, part) for part in parts)
-        norms = [norm(part, axis) for part, axis in zip(wide, units.axes, strict=True)]
-        if len(norms) > 1:
-            dtype = _numerics.widest(*(n.dtype for n in norms))
-            together = jnp.stack([n.reshape(()).astype(dtype) for n in norms])
-            norms = [norm(together, (0,)).reshape(())]
-        return self._of_all(norms[0]) / self._one(self._size(parts, units))
-
-    def _of_all(self, norm: jax.Array) -> jax.Array:
-        """The norms of whole units, from those of their parts on the devices of `axis_name`."""
-        if self.axis_name is None:
-            return norm
-        self._devices()  # raises where there is no such axis
-        largest = jax.lax.pmax(jax.lax.stop_gradient(norm), self.axis_name)
-        some = largest > 0
-        squares = jax.lax.psum(jnp.square(norm / jnp.where(some, largest, 1)), self.axis_name)
-        # Where none is above 0 the squares are 0, or NaN.
-        return jnp.where(some, largest * jnp.sqrt(jnp.where(some, squares, 1)), squares)
-
-    def _size(self, parts: Parts, units: Units) -> int:
-        """How many entries a unit has, on all devices of `axis_name`."""
-        return units.size(parts) * self._devices()
-
-    def _devices(self) -> int:
-        """Over how many devices a unit is split."""
-        if self.axis_name is None:
-            return 1
-        try:
-            return jax.lax.psum(1, self.axis_name)
-        except NameError:
-            raise ValueError(
-                f"{type(self).__name__}: axis_name={shown(self.axis_name)} is no axis here; it is "
-                "for weights inside jax.shard_map over a mesh with that axis. Elsewhere leave it "
-                "out: there norms are those of the whole."
-            ) from None
-
-    def __call__(self, w: jax.typing.ArrayLike, /) -> jax.Array:
-        """Projects one floating-point array; norms are taken in float32 or wider.
-
-        Bounds that are relative to init are relative to the norms that it has.
-        """
-        w = jnp.asarray(w)
-        norm = self._norm(w)
-        return _scaled(w, self._scale(norm, jax.lax.stop_gradient(norm)))
-
-    def advance(self, w: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        """Projects one array with the norms that it had at init."""
-        if not self.remembers:
-            return self(w), memory
-        return _scaled(w, self._scale(self._norm(w), memory)), memory
-
-    def advance_parts(self, parts: Parts, memory: Any) -> tuple[Parts, Any]:
-        """Projects a vector with the norm that it had at init."""
-        norm = self._norms(parts, Units.one(parts))
-        scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
-        return tuple(_scaled(part, scale) for part in parts), memory
-
-    def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> jax.Array:
-        """The norm of each unit of the sum."""
-        del memory
-        return self._norms_of_sum((params,), (updates,), self._units(params))
-
-    def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> jax.Array:
-        """The norm of the vector."""
-        del memory
-        return self._norms_of_sum(params, updates, Units.one(params))
-
-    def _norms_of_sum(self, params: Parts, updates: Parts, units: Units) -> jax.Array:
-        return self._norms(self._limited(params, updates, units), units, _numerics.plain_norm)
-
-    def _limited(self, params: Parts, updates: Parts, units: Units) -> Parts:
-        limit = _square_limit(self._size(params, units))
-        return tuple(_limited_sum(p, u, limit) for p, u in zip(params, updates, strict=True))
-
-    def _factor(self, norm: jax.Array, memory: Any) -> jax.Array:
-        return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
-
-    def update(
-        self, params: jax.Array, updates: jax.Array, memory: Any = (), prepared: Any = None
-    ) -> tuple[jax.Array, Any]:
-        """The update of one leaf, without the second pass that huge and tiny norms need.
-
-        Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
-        a second pass waits long. So entries count as `_square_limit` at most here, which is
-        above 1e15 for a unit of up to 4 million weights in float32: beyond, the result is
-        still in the set, with the signs of the sum, but not the nearest point. A sum whose
-        square underflows, with a norm below 1e-19 or so, counts as zero. An infinite entry
-        makes NaN of its unit, as it does without the limit.
-        """
-        norm = self.prepare(params, updates, memory) if prepared is None else prepared
-        limit = _square_limit(self._size((params,), self._units(params)))
-        return _scaled_update(params, updates, limit, self._factor(norm, memory)), memory
-
-    def update_parts(
-        self, params: Parts, updates: Parts, memory: Any, prepared: Any
-    ) -> tuple[Parts, Any]:
-        """The update of a vector, as for one leaf."""
-        norm = self.prepare_parts(params, updates, memory) if prepared is None else prepared
-        scale, limit = (
-            self._factor(norm, memory),
-            _square_limit(self._size(params, Units.one(params))),
-        )
-        pairs = zip(params, updates, strict=True)
-        return tuple(_scaled_update(p, u, limit, scale) for p, u in pairs), memory
-
-    def taken(
-        self, params: jax.Array, updates: jax.Array, prepared: Any, memory: Any = ()
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """From the norms of the sum."""
-        units = self._units(params)
-        (total,) = self._limited((params,), (updates,), units)
-        scale = self._factor(prepared, memory)
-        unit = self._one(self._size((params,), units))
-        lengths = prepared * unit * jnp.abs(1 - scale)
-        at_bound = self._reaches(prepared * scale, prepared.dtype)
-        return total, _numerics.norm(lengths, None).reshape(()), at_bound
-
-    def on_bound(self, w: jax.Array) -> jax.Array | None:
-        """The units whose norm is a bound, up to rounding; None if that is relative to init."""
-        return self._reaches(self._norm(w), w.dtype)
-
-    def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
-        """Whether a norm of allowed weights is at a bound, as far as their dtype can tell."""
-        if self.remembers:
-            return None
-        return norm >= self._bound(norm.dtype, norm) * (1 - 2 * _numerics.eps(dtype))
-
-    _gauged: ClassVar[str] = "norms"
-
-    def gauge(self, w: Any, memory: Any = ()) -> Gauge:
-        """The norm of each unit; where bounds go by that at init, as a part of the largest."""
-        norm = self._norm(w)
-        at_init: Any = memory if self.remembers and not isinstance(memory, tuple) else norm
-        low, high = self._least(norm.dtype, at_init), self._bound(norm.dtype, at_init)
-        if not self.remembers:
-            return Gauge(self._gauged, norm, low, high)
-        largest = jnp.where(high > 0, high, 1)
-        low = None if low is None else low / largest
-        return Gauge(f"{self._gauged} / bound", norm / largest, low, jnp.minimum(high, 1))
-
-    def _least(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array | None:
-        """The least norm, if there is one above zero."""
-        return self._bound(dtype, at_init) if self.smooth else None
-
-
-def _scaled(w: jax.Array, scale: jax.Array) -> jax.Array:
-    return (w.astype(_numerics.compute_dtype(w.dtype)) * scale).astype(w.dtype)
-
-
-def _scaled_update(
-    params: jax.Array, updates: jax.Array, limit: Callable[..., float], scale: jax.Array
-) -> jax.Array:
-    total = _limited_sum(_numerics.read_again(params), updates, limit)
-    target = (total * scale).astype(params.dtype)
-    return difference(target, params, updates)
-
-
-def _limited_sum(params: jax.Array, updates: jax.Array, limit: Callable[..., float]) -> jax.Array:
-    """The weights after an update, with entries of limited size."""
-    wide = params.astype(_numerics.compute_dtype(params.dtype))
-    moved, most = updates.astype(wide.dtype), limit(wide.dtype)
-    total = wide + moved
-    # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
-    # optimizer's arithmetic and keeps the result for both passes.
-    return jnp.clip(wide, -most, most) + (jnp.clip(moved, -most, most) + (total - total))
-
-
-def _tolerance(norm: jax.Array) -> float:
-    """The rounding of a sum of squares: a norm that is this near to a bound is at it."""
-    return 4 * _numerics.eps(norm.dtype)
-
-
-def _over(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many times `bound` a norm is, NaN if infinite; and 0 for a bound of 0, else 1."""
-    tiny = jnp.finfo(norm.dtype).tiny
-    return norm / jnp.maximum(bound, tiny) + (norm - norm), (bound > 0).astype(norm.dtype)
-
-
-def _at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
-    """The factor that takes `norm` down to `bound`.
-
-    The choice stands under the division: around it, XLA's CPU backend would no longer fuse
-    the factor with the weights and keep one more copy of them.
-    """
-    ratio, one = _over(norm, bound)
-    return one / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
-
-
-def _is_zero(norm: jax.Array) -> jax.Array:
-    """Whether a unit counts as zero: its norm is subnormal, and has no inverse."""
-    return norm < jnp.finfo(norm.dtype).tiny
-
-
-def _at_least(norm: jax.Array, bound: jax.Array) -> jax.Array:
-    """The factor that takes `norm` up to `bound`; a unit of zeros has no direction: 1."""
-    ratio = norm / jnp.maximum(bound, jnp.finfo(norm.dtype).tiny)
-    return 1 / jnp.where((ratio >= 1 - _tolerance(norm)) | _is_zero(norm), 1, ratio)
-
-
-def _exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
-    """The factor that takes `norm` to `bound`; a unit of zeros has no direction: 1."""
-    ratio, one = _over(norm, bound)
-    # Only the value snaps to 1: the derivative there is that of w / ||w||.
-    error = jnp.where(jnp.abs(ratio - 1) <= _tolerance(norm), 1 - ratio, 0)
-    return one / jnp.where(_is_zero(norm), 1, ratio + jax.lax.stop_gradient(error))
+from optax_constraints._text import describe
+from optax_constraints.sets._norms import NormSet, at_least, at_most, exactly
 
 
 @builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MaxNorm(_NormSet):
+class MaxNorm(NormSet):
     """The norm of each unit is at most `max_value`: ``{w : ||unit||_2 <= max_value}``.
 
     Convex; the projection ``w * min(1, max_value / ||unit||)`` is the nearest point, exact up to
@@ -388,7 +71,7 @@ class MaxNorm(_NormSet):
     convex = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, self._bound(norm.dtype, at_init))
+        return at_most(norm, self._bound(norm.dtype, at_init))
 
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
@@ -399,7 +82,7 @@ max_norm = MaxNorm
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MaxRMS(_NormSet):
+class MaxRMS(NormSet):
     """The root mean square of each unit is at most `max_value`: ``{w : rms(unit) <= max_value}``.
 
     Convex: a ball, whose radius grows with the size of a unit, so that one bound serves layers of
@@ -438,7 +121,7 @@ class MaxRMS(_NormSet):
         return math.sqrt(max(size, 1))
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _at_most(norm, self._bound(norm.dtype, at_init))
+        return at_most(norm, self._bound(norm.dtype, at_init))
 
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.max_value, dtype, at_init)
@@ -449,7 +132,7 @@ max_rms = MaxRMS
 
 @builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MinMaxNorm(_NormSet):
+class MinMaxNorm(NormSet):
     """The norm of each unit lies in an interval.
 
     ``{w : min_value <= ||unit||_2 <= max_value}``, convex only for ``min_value = 0``. The
@@ -521,7 +204,7 @@ class MinMaxNorm(_NormSet):
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
         low = value(self.min_value, norm.dtype, at_init)
-        scale = _at_most(norm, self._bound(norm.dtype, at_init)) * _at_least(norm, low)
+        scale = at_most(norm, self._bound(norm.dtype, at_init)) * at_least(norm, low)
         rate = value(self.rate, norm.dtype)
         return rate * scale + (1 - rate)
 
@@ -542,7 +225,7 @@ min_max_norm = MinMaxNorm
 
 @builtin(in_keras=True)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class UnitNorm(_NormSet):
+class UnitNorm(NormSet):
     """The norm of each unit is 1: ``{w : ||unit||_2 = 1}``.
 
     Not convex. The projection divides each unit by its norm, and is the nearest point; a unit of
@@ -576,7 +259,7 @@ class UnitNorm(_NormSet):
     smooth = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _exactly(norm, self._bound(norm.dtype, at_init))
+        return exactly(norm, self._bound(norm.dtype, at_init))
 
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         del at_init
@@ -593,7 +276,7 @@ unit_norm = UnitNorm
 
 @builtin
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FixedNorm(_NormSet):
+class FixedNorm(NormSet):
     """The norm of each unit is `value`, or what it was at init: ``{w : ||unit||_2 = value}``.
 
     Not convex. The projection divides each unit by its norm and multiplies it by `value`, and is
@@ -631,7 +314,7 @@ class FixedNorm(_NormSet):
     smooth = True
 
     def _scale(self, norm: jax.Array, at_init: jax.Array) -> jax.Array:
-        return _exactly(norm, self._bound(norm.dtype, at_init))
+        return exactly(norm, self._bound(norm.dtype, at_init))
 
     def _bound(self, dtype: jnp.dtype, at_init: jax.Array) -> jax.Array:
         return value(self.value, dtype, at_init)
@@ -683,8 +366,3 @@ class FixedRMS(FixedNorm):
 
 
 fixed_rms = FixedRMS
-
-
-def _square_limit(size: int) -> Callable[[Any], float]:
-    """For a dtype, a power of two of which twice can be squared and summed `size` times."""
-    return lambda dtype: 2.0 ** ((int(jnp.finfo(dtype).maxexp) - size.bit_length() - 3) // 2)

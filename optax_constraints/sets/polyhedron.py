@@ -19,6 +19,7 @@ from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._active_set import free_numbers
 from optax_constraints.sets._common import UnitSet
+from optax_constraints.sets.isotonic import are_finite
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -257,13 +258,15 @@ def _tight(
 # Compiled by itself, so that calls outside jit find the program they made before.
 @jax.jit
 def _onto_polyhedron(w: jax.Array, rows: jax.Array, bounds: jax.Array) -> jax.Array:
-    finite = jnp.all(jnp.isfinite(w), axis=0, keepdims=True)
+    finite = are_finite(w)
     w = jnp.where(finite, w, 0)
     excess = _times(rows, w) - bounds
     near = 8 * _numerics.eps(w.dtype) * _size(w, rows, bounds)
-    outside = jnp.any(excess > near, axis=0, keepdims=True)
+    # As numbers: XLA's CPU backend compiles `any` slowly.
+    above = jnp.max((excess > near).astype(w.dtype), axis=0, keepdims=True)
+    outside = above > 0
     every = jnp.ones_like(excess, bool)
-    new = lax.cond(jnp.any(outside), lambda w: _on_faces(w, rows, bounds, every), lambda w: w, w)
+    new = lax.cond(jnp.max(above) > 0, lambda w: _on_faces(w, rows, bounds, every), lambda w: w, w)
     return jnp.where(finite, jnp.where(outside, new, w), jnp.nan)
 
 
@@ -272,11 +275,12 @@ def _on_faces(w: jax.Array, rows: jax.Array, bounds: jax.Array, among: jax.Array
     fixed = lax.stop_gradient((w, rows, bounds, _times(rows, rows.T)))
     active = _active(*fixed, among)
     solve = _solver(_times(rows, rows.T), active)
+
+    def step(_: Any, w: jax.Array) -> jax.Array:
+        return w - _times(rows.T, solve((_times(rows, w) - bounds).T).T)
+
     # The second and third correct rounding, and what made the matrix definite.
-    for _ in range(3):
-        excess = jnp.where(active, _times(rows, w) - bounds, 0)
-        w = w - _times(rows.T, solve(excess))
-    return w
+    return lax.fori_loop(0, 3, step, w)
 
 
 def _regularity(gram: jax.Array) -> float:
@@ -284,20 +288,22 @@ def _regularity(gram: jax.Array) -> float:
     return 4 * len(gram) * _numerics.eps(gram.dtype)
 
 
+# Here and below a row for each unit, as the solvers of many systems have them: whatever is
+# transposed in between takes long to compile.
 def _solver(gram: jax.Array, active: jax.Array) -> Any:
-    """Solves the system of the active rows, for the columns of a matrix."""
-    free = active.T
-    inside = free[:, :, None] & free[:, None, :]
-    eye = jnp.eye(len(gram), dtype=gram.dtype)[None]
-    matrices = jnp.where(inside, gram[None], 0)
-    matrices += eye * jnp.where(free, _regularity(gram), 1)[:, None]
-    factor = jnp.linalg.cholesky(matrices)
+    """Solves the system of the active inequalities for each unit."""
+    inside = active[:, :, None] & active[:, None, :]
+    diagonal = jnp.where(active, _regularity(gram), 1)[:, None]
+    matrices = jnp.where(inside, gram, 0) + np.eye(len(gram), dtype=gram.dtype) * diagonal
+    # Transposed, as LAPACK has it, lest a loop makes a copy in another order.
+    upper = jnp.swapaxes(lax.linalg.cholesky(matrices, symmetrize_input=False), -1, -2)
 
     def solve(b: jax.Array) -> jax.Array:
-        y = jnp.where(active, b, 0).T[..., None]
+        factor = jnp.swapaxes(upper, -1, -2)
+        y = jnp.where(active, b, 0)[..., None]
         y = lax.linalg.triangular_solve(factor, y, left_side=True, lower=True)
         y = lax.linalg.triangular_solve(factor, y, left_side=True, lower=True, transpose_a=True)
-        return y[..., 0].T
+        return y[..., 0]
 
     return solve
 
@@ -305,14 +311,14 @@ def _solver(gram: jax.Array, active: jax.Array) -> Any:
 def _active(
     w: jax.Array, rows: jax.Array, bounds: jax.Array, gram: jax.Array, among: jax.Array
 ) -> jax.Array:
-    """Which inequalities have a multiplier that is not zero.
+    """Which inequalities have a multiplier that is not zero, in a row for each unit.
 
     What makes the matrix definite makes the inequalities soft by so much times the multipliers.
     Each round starts from the multipliers of the last, which takes that back again.
     """
-    excess = _times(rows, w) - bounds
+    excess, among = (_times(rows, w) - bounds).T, among.T
     added = _regularity(gram)
-    rounding = 8 * _numerics.eps(w.dtype) * jnp.max(_size(w, rows, bounds), axis=0, keepdims=True)
+    rounding = 8 * _numerics.eps(w.dtype) * jnp.max(_size(w, rows, bounds), axis=0)[:, None]
     limit = 16 + 4 * len(rows)
 
     def round_(state: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
@@ -321,11 +327,10 @@ def _active(
 
         def best(active: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = _solver(gram, active)(target)
-            slope = _times(gram, found) - target
+            slope = _times(found, gram) - target
             return found, jnp.where(among, slope, 0)
 
-        active = free_numbers(best, active, (rounding, rounding), 0, limit)
-        return (jnp.maximum(best(active)[0], 0), active), None
+        return free_numbers(best, active, (rounding, rounding), 1, limit), None
 
     start = vary_like((jnp.zeros_like(excess), jnp.zeros_like(among)), w)
     return lax.scan(round_, start, None, length=3)[0][1]

@@ -146,7 +146,7 @@ fixed_spectral_norm = FixedSpectralNorm
 _FOLLOWED = 4
 """How many singular vectors are followed, with two more vectors for each."""
 _STEPS, _RESIDUAL = 10, 1e-2
-_FIRST_STEPS, _FIRST_RESIDUAL = 60, 1e-4
+_FIRST_STEPS, FIRST_RESIDUAL = 60, 1e-4
 # How much of other directions is beside the vectors, and the share below which a direction
 # counts as one that the others have already.
 _NOISE, _DEPENDENT = 0.1, 1e-3
@@ -172,7 +172,7 @@ class Top(NamedTuple):
 @jax.jit
 def found(a: jax.Array) -> Top:
     """The largest singular value from random vectors."""
-    return _top(a, first_block(a), _FIRST_STEPS, _FIRST_RESIDUAL)
+    return _top(a, first_block(a), _FIRST_STEPS, FIRST_RESIDUAL)
 
 
 @jax.jit
@@ -294,7 +294,10 @@ def _differentiable_jvp(primals, tangents):
 
 
 def largest_value(a: jax.Array) -> jax.Array:
-    """The largest singular value of each matrix, without what a state remembers."""
+    """The largest singular value of each matrix, without what a state remembers.
+
+    From below; within `FIRST_RESIDUAL` of a singular value, as a share of it.
+    """
     top = found(a)
     return (top.norm / top.down)[..., 0, 0]
 

@@ -1,7 +1,6 @@
 """Sets of sequences whose slopes do not fall, or do not rise."""
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +18,7 @@ from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._active_set import free_numbers
 from optax_constraints.sets._common import LineSet
+from optax_constraints.sets.isotonic import are_finite
 
 
 class _Bent(LineSet):
@@ -250,13 +250,15 @@ def _stiffness(gaps: jax.Array) -> jax.Array:
 # Compiled by itself, so that calls outside jit find the program they made before.
 @jax.jit
 def _onto_convex(w: jax.Array, gaps: jax.Array) -> jax.Array:
-    finite = jnp.all(jnp.isfinite(w), axis=0, keepdims=True)
+    finite = are_finite(w)
     w = jnp.where(finite, w, 0)
     if len(w) > 2:
-        outside = jnp.any(_bends(w, gaps) < -_near(w, gaps, 0.0, 0.0), axis=0, keepdims=True)
+        # As numbers: XLA's CPU backend compiles `any` slowly.
+        below = (_bends(w, gaps) < -_near(w, gaps, 0.0, 0.0)).astype(w.dtype)
+        outside = jnp.max(below, axis=0, keepdims=True) > 0
         every = jnp.ones((len(w) - 2, w.shape[1]), bool)
         w = lax.cond(
-            jnp.any(outside),
+            jnp.max(below) > 0,
             lambda w: jnp.where(outside, _fitted(w, gaps, every), w),
             lambda w: w,
             w,
@@ -280,7 +282,8 @@ def _fitted(w: jax.Array, gaps: jax.Array, held: jax.Array) -> jax.Array:
 
     near = rounding * largest * _stiffness(fixed_gaps)
     straight = vary_like(jnp.zeros_like(held), w)
-    bent = free_numbers(best, straight, (near, 0 * near), 0, 16 + 4 * len(w), _best_of_stretches)
+    limits = near, 0 * near
+    bent = free_numbers(best, straight, limits, 0, 16 + 4 * len(w), _best_of_stretches)[1]
     return _fit(w - middle, gaps, bent | ~held, held)[0] + middle
 
 
@@ -292,11 +295,14 @@ def _best_of_stretches(wanted: jax.Array, slope: jax.Array) -> jax.Array:
         now = jnp.where(wanted, jnp.minimum(last, slope), jnp.inf)
         return now, now
 
-    start = jnp.full_like(slope[0], jnp.inf)
-    both = [
-        lax.scan(least, start, (wanted, slope), reverse=reverse)[1] for reverse in (False, True)
-    ]
-    return wanted & (slope <= functools.reduce(jnp.minimum, both))
+    entries = _both_ways(wanted, wanted), _both_ways(slope, slope)
+    _, both = lax.scan(least, jnp.full_like(entries[1][0], jnp.inf), entries)
+    return wanted & (slope <= jnp.minimum(both[:, 0], both[::-1, 1]))
+
+
+def _both_ways(forth: jax.Array, back: jax.Array) -> jax.Array:
+    """One scan for both directions, of which the second one is the other way round."""
+    return jnp.stack([forth, back[::-1]], axis=1)
 
 
 def _fit(
@@ -363,21 +369,23 @@ def _slopes(
     better, and where the fit is bent it is 0.
     """
 
-    def moments(reverse: bool) -> tuple[jax.Array, jax.Array]:
-        def step(state: Any, entry: Any) -> tuple[Any, Any]:
-            total, moment, totals, size = state
-            missed, magnitude, gap, bent = entry
-            total, totals = total + missed, totals + magnitude
-            moment = jnp.where(bent, 0, moment + gap * total)
-            size = jnp.where(bent, 0, size + gap * totals)
-            return (total, moment, totals, size), (moment, size)
+    def step(state: Any, entry: Any) -> tuple[Any, jax.Array]:
+        total, moment = state
+        missed, gap, bent = entry
+        total = total + missed
+        moment = jnp.where(bent, 0, moment + gap * total)
+        return (total, moment), moment
 
-        missed, magnitudes = fit - w, jnp.abs(fit) + jnp.abs(w)
-        inner = slice(2, None) if reverse else slice(None, -2)
-        beside = gaps[1:] if reverse else gaps[:-1]
-        entries = missed[inner], magnitudes[inner], beside, bent
-        start = (0 * fit[0],) * 4
-        return lax.scan(step, start, entries, reverse=reverse)[1]
-
-    (before, less), (behind, more) = moments(False), moments(True)
+    # What is missed, and magnitudes.
+    pair = jnp.stack([fit - w, jnp.abs(fit) + jnp.abs(w)], axis=1)
+    entries = (
+        _both_ways(pair[:-2], pair[2:]),
+        _both_ways(gaps[:-1], gaps[1:])[:, :, None, None],
+        _both_ways(bent, bent)[:, :, None],
+    )
+    zero = 0 * entries[0][0]
+    _, moments = lax.scan(step, (zero, zero), entries)
+    (before, less), (behind, more) = (
+        (way[:, 0], way[:, 1]) for way in (moments[:, 0], moments[::-1, 1])
+    )
     return jnp.where(less <= more, before, behind), jnp.minimum(less, more)

@@ -18,7 +18,7 @@ from optax_constraints._axes import Axis, LeafLayout
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint
 from optax_constraints._gauge import Gauge
-from optax_constraints._numerics import exp2, exponent_of
+from optax_constraints._numerics import power_below
 from optax_constraints._sharding import vary_like
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import MatrixSet
@@ -226,40 +226,36 @@ class Transport(_Plans):
 transport = Transport
 
 
-# The potentials of one matrix.
+# The potentials of one matrix: those of its rows and then those of its columns, in one vector,
+# as are the sums. XLA's CPU backend takes as long to compile each small piece as a large one.
 
 _NEWTON_STEPS = 200
 _REFINEMENTS = 4
 
 
-def _sums(x: jax.Array) -> Pair:
-    return jnp.sum(x, axis=1), jnp.sum(x, axis=0)
+def _sums(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.sum(x, axis=1), jnp.sum(x, axis=0)])
 
 
-def _spread(u: jax.Array, v: jax.Array) -> jax.Array:
-    return u[:, None] + v[None, :]
+def _spread(potentials: jax.Array, like: jax.Array) -> jax.Array:
+    """The potential of the row and that of the column of each entry."""
+    rows = len(like)
+    return potentials[:rows, None] + potentials[None, rows:]
 
 
-def _measure(rows: jax.Array, columns: jax.Array, u: jax.Array, v: jax.Array) -> Pair:
-    """The largest magnitude of the one pair, and its inner product with the other."""
-    n = max(rows.size, columns.size)
-    a, b, c, d = (jnp.pad(x, (0, n - x.size)) for x in (rows, columns, u, v))
-    # XLA's CPU backend takes long to compile sums and maxima by themselves.
-    zero = jnp.zeros((), a.dtype)
-    largest, product = lax.reduce(
-        (jnp.maximum(jnp.abs(a), jnp.abs(b)), a * c + b * d),
-        (zero, zero),
-        lambda x, y: (jnp.maximum(x[0], y[0]), x[1] + y[1]),
-        (0,),
-    )
-    return largest, product
+def _over(combine: tuple[Callable[..., Any], ...], *parts: jax.Array) -> Any:
+    """Vectors reduced at once, by operations whose neutral element is 0."""
+    zeros = tuple(jnp.zeros((), part.dtype) for part in parts)
+
+    def both(x: Any, y: Any) -> Any:
+        return tuple(f(a, b) for f, a, b in zip(combine, x, y, strict=True))
+
+    return lax.reduce(parts, zeros, both, (0,))
 
 
-def _error(x: jax.Array, totals: Pair) -> jax.Array:
+def _error(x: jax.Array, totals: jax.Array) -> jax.Array:
     """By how much a row or a column misses its sum."""
-    rows, columns = _sums(x)
-    rows, columns = rows - totals[0], columns - totals[1]
-    return jnp.maximum(jnp.max(jnp.abs(rows)), jnp.max(jnp.abs(columns)))
+    return jnp.max(jnp.abs(_sums(x) - totals))
 
 
 def _rounding(x: jax.Array) -> float:
@@ -273,152 +269,150 @@ def _best_rounding(x: jax.Array) -> float:
     return 2 * _numerics.eps(x.dtype) * max(1, max(x.shape) / 64) ** 0.5
 
 
-def _potential_solver(active: jax.Array, ridge: jax.typing.ArrayLike = 0) -> Callable[..., Pair]:
+def _potential_solver(
+    active: jax.Array, counts: jax.Array, ridge: jax.typing.ArrayLike = 0
+) -> Callable[[jax.Array], jax.Array]:
     """Solves for the potentials whose sums over the active entries of rows and columns are given.
 
     The system is that of a bipartite graph, singular as often as the graph falls apart, so its
     diagonal gets a ridge: at least what rounding asks for. One half of it is eliminated.
+
+    Args:
+        active: 1 for active entries, and 0.
+        counts: How many there are.
+        ridge: What is added to the diagonal.
     """
-    if active.shape[0] < active.shape[1]:
-        flipped = _potential_solver(active.T, ridge)
-
-        def other_way(row_sums: jax.Array, column_sums: jax.Array) -> Pair:
-            v, u = flipped(column_sums, row_sums)
-            return u, v
-
-        return other_way
-    rows, columns = _sums(active)
-    floor = 16 * _numerics.eps(active.dtype) * jnp.maximum(jnp.max(rows), jnp.max(columns))
-    ridge = jnp.maximum(ridge, floor)
-    rows, columns = rows + ridge, columns + ridge
-    share = active / rows[:, None]
+    m, n = active.shape
+    if m < n:
+        flipped = _potential_solver(active.T, jnp.roll(counts, n), ridge)
+        return lambda sums: jnp.roll(flipped(jnp.roll(sums, n)), m)
+    floor = 16 * _numerics.eps(active.dtype) * jnp.max(counts)
+    counts = counts + jnp.maximum(ridge, floor)
+    share = active / counts[:m, None]
     factor = lax.linalg.cholesky(
-        jnp.diag(columns) - _matmul(active.T, share), symmetrize_input=False
+        jnp.diag(counts[m:]) - _matmul(active.T, share), symmetrize_input=False
     )
 
-    def solve(row_sums: jax.Array, column_sums: jax.Array) -> Pair:
-        v = jax.scipy.linalg.cho_solve((factor, True), column_sums - _matmul(row_sums, share))
-        return row_sums / rows - _matmul(share, v), v
+    def solve(sums: jax.Array) -> jax.Array:
+        v = jax.scipy.linalg.cho_solve((factor, True), sums[m:] - _matmul(sums[:m], share))
+        return jnp.concatenate([sums[:m] / counts[:m] - _matmul(share, v), v])
 
     return solve
 
 
 def _settle(
-    z: jax.Array, totals: Pair, free: jax.Array, barred: jax.Array, size: jax.Array
-) -> jax.Array:
-    """One matrix without its potentials, so that its positive part has the sums.
+    z: jax.Array, totals: jax.Array, least: jax.typing.ArrayLike, size: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One matrix without its potentials, raised to some least entries, so that it has the sums.
 
     Args:
-        z: The matrix.
+        z: The matrix; -inf for entries that are at their least anyway.
         totals: The sums, of which the largest is near 1.
-        free: Which entries may be negative.
-        barred: Which entries are zero.
-        size: The largest magnitude of the matrix.
+        least: 0, and -inf for entries that may be negative.
+        size: The largest finite magnitude of the matrix.
+
+    Returns:
+        The matrix, and by how much a sum is missed.
     """
     tolerance = _best_rounding(z)
     # Near the end, what no longer halves the error is rounding.
     near = 32 * tolerance * (1 + size)
 
-    def excess(z: jax.Array) -> Pair:
-        rows, columns = _sums(_part(z, free, barred))
-        return rows - totals[0], columns - totals[1]
-
     def going(error: jax.Array, before: jax.Array, count: Any) -> jax.Array:
         more = (error > near) | (error < before / 2)
         return (count < _NEWTON_STEPS) & (error > tolerance) & more
 
-    def direction(z: jax.Array, rows: jax.Array, columns: jax.Array, error: jax.Array) -> Pair:
-        active = ((free | (z > 0)) & ~barred).astype(z.dtype)
-        u, v = _potential_solver(active, 3 * jnp.minimum(error, 1) / (1 + size))(rows, columns)
-        sound = _measure(rows, columns, u, v)[1] > 0  # not where the factorisation failed
-        row_counts, column_counts = _sums(active)
-        u = jnp.where(sound, u, rows / (2 * jnp.maximum(row_counts, 1)))
-        return u, jnp.where(sound, v, columns / (2 * jnp.maximum(column_counts, 1)))
+    def direction(z: jax.Array, excess: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The potentials of a step, and the slope at its start."""
+        active = (z > least).astype(z.dtype)
+        counts = _sums(active)
+        ridge = 3 * jnp.minimum(error, 1) / (1 + size)
+        newton = _potential_solver(active, counts, ridge)(excess)
+        plain = excess / (2 * jnp.maximum(counts, 1))
+        slope, other = _over((jnp.add, jnp.add), excess * newton, excess * plain)
+        sound = slope > 0  # not where the factorisation failed
+        return jnp.where(sound, newton, plain), jnp.where(sound, slope, other)
 
     def step(state):
-        z, u, v, rows, columns, before, _, count = state
-        start = _measure(rows, columns, u, v)[1]
+        z, potentials, start, _, before, _, count = state
 
         def shorter(state):
             """The step up to where the slope would be zero; of a first one, 1."""
             t, slope, *_ = state
             share = jnp.clip(start / jnp.where(start > slope, start - slope, 1), 0.1, 0.8)
             t = t * jnp.where(slope > -jnp.inf, share, 0.8)
-            rows, columns = excess(z - t * _spread(u, v))
-            error, slope = _measure(rows, columns, u, v)
-            return t, slope, rows, columns, error
+            excess = _sums(jnp.maximum(z - t * _spread(potentials, z), least)) - totals
+            error, slope = _over((jnp.maximum, jnp.add), jnp.abs(excess), excess * potentials)
+            return t, slope, excess, error
 
-        first = 0 * start + 1.25, 0 * start - jnp.inf, rows, columns, before
-        t, _, rows, columns, error = lax.while_loop(
+        first = *vary_like((1.25 * one, -jnp.inf * one), z), potentials, before
+        t, _, excess, error = lax.while_loop(
             lambda state: (state[1] < -0.1 * start) & (state[0] > 1e-6), shorter, first
         )
-        z = z - t * _spread(u, v)
-        u, v = direction(z, rows, columns, error)
-        return z, u, v, rows, columns, error, before, count + 1
+        z = z - t * _spread(potentials, z)
+        return z, *direction(z, excess, error), excess, error, before, count + 1
 
     inf = 0 * size + jnp.inf  # or NaN, which ends the loop before it begins
-    u, v = vary_like((jnp.zeros(z.shape[0], z.dtype), jnp.zeros(z.shape[1], z.dtype)), z)
-    state = z, u, v, u, v, inf, inf, 0
-    return lax.while_loop(lambda state: going(*state[5:]), step, state)[0]
+    one = jnp.ones((), z.dtype)
+    none, zero = vary_like((jnp.zeros_like(totals), 0 * one), z)
+    state = z, none, zero, none, inf, inf, 0
+    z, *_, error, _, _ = lax.while_loop(lambda state: going(*state[4:]), step, state)
+    return z, error
 
 
-def _part(z: jax.Array, free: jax.Array, barred: jax.Array) -> jax.Array:
-    return jnp.where(barred, 0, jnp.where(free, z, jnp.maximum(z, 0)))
-
-
-def _repair(x: jax.Array, totals: Pair) -> jax.Array:
+def _repair(x: jax.Array, totals: jax.Array) -> jax.Array:
     """A nearby point of the set, by scaling down and filling up.
 
     J. Altschuler, J. Weed, P. Rigollet, "Near-linear time approximation algorithms for optimal
     transport via Sinkhorn iteration", 2017.
     """
+    rows, columns = totals[: len(x)], totals[len(x) :]
 
     def down(total: jax.Array, found: jax.Array) -> jax.Array:
         return jnp.where(found > total, total / jnp.where(found > total, found, 1), 1)
 
-    x = x * down(totals[0], jnp.sum(x, axis=1))[:, None]
-    x = x * down(totals[1], jnp.sum(x, axis=0))[None, :]
-    rows, columns = (jnp.maximum(t - s, 0) for t, s in zip(totals, _sums(x), strict=True))
+    x = x * down(rows, jnp.sum(x, axis=1))[:, None]
+    x = x * down(columns, jnp.sum(x, axis=0))[None, :]
+    missed = jnp.maximum(totals - _sums(x), 0)
+    rows, columns = missed[: len(x)], missed[len(x) :]
     total = jnp.sum(rows)
     return x + rows[:, None] * (columns / jnp.where(total > 0, total, 1))[None, :]
 
 
-def _is_plan(a: jax.Array, totals: Pair) -> jax.Array:
-    largest = jnp.maximum(jnp.max(totals[0]), jnp.max(totals[1]))
-    return (jnp.min(a) >= 0) & (_error(a, totals) <= _rounding(a) * largest)
+def _is_plan(a: jax.Array, totals: jax.Array) -> jax.Array:
+    return (jnp.min(a) >= 0) & (_error(a, totals) <= _rounding(a) * jnp.max(totals))
 
 
 def _centred(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A matrix of magnitudes of about 1 at most, without its means, and the exponent of that."""
+    """A matrix of magnitudes of about 1 at most, without its means, and what it was divided by."""
     largest = jnp.max(jnp.abs(a))
-    exponent = exponent_of(largest)
-    b = jnp.where(largest < jnp.inf, a * exp2(-exponent, a.dtype), jnp.nan)
+    unit = power_below(largest)
+    b = jnp.where(largest < jnp.inf, a / unit, jnp.nan)
     b = b - jnp.mean(b, axis=1, keepdims=True)
-    return b - jnp.mean(b, axis=0, keepdims=True), exponent
+    return b - jnp.mean(b, axis=0, keepdims=True), unit
 
 
-def _from_outside(a: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def _from_outside(a: jax.Array, totals: jax.Array) -> jax.Array:
     # With sums of about 1. A power of two, so that nothing rounds.
-    unit = exponent_of(jnp.maximum(jnp.max(rows), jnp.max(columns))) - 1
-    down = exp2(-unit, a.dtype)
-    totals = rows * down, columns * down
-    b, exponent = _centred(a)
+    unit = power_below(jnp.max(totals))
+    rows, columns = totals[: len(a), None], totals[None, len(a) :]
+    b, divisor = _centred(a)
     size = jnp.max(jnp.abs(b))
     # Beyond this the potentials have no bits left for entries of size 1.
-    most = 11 if a.dtype == jnp.float32 else 18
-    scale = exp2(jnp.minimum(exponent - unit, most - jnp.frexp(size)[1]), a.dtype)
-    b = b * scale + totals[0][:, None] / a.shape[1]
-    barred = (rows[:, None] <= 0) | (columns[None, :] <= 0)
-    free = jnp.zeros_like(barred)
-    x = _part(_settle(b, totals, free, barred, size * scale), free, barred)
-    x = jnp.where(_error(x, totals) > 2 * _best_rounding(a), _repair(x, totals), x)
-    return x * exp2(unit, a.dtype)
+    most = 2.0**11 if a.dtype == jnp.float32 else 2.0**18
+    scale = jnp.minimum(divisor / unit, most / 2 / power_below(size))
+    b = b * scale + rows / unit / a.shape[1]
+    b = jnp.where((rows > 0) & (columns > 0), b, -jnp.inf)
+    z, error = _settle(b, totals / unit, 0, size * scale)
+    x = jnp.maximum(z, 0)
+    x = jnp.where(error > 2 * _best_rounding(a), _repair(x, totals / unit), x)
+    return x * unit
 
 
 @jax.custom_jvp
 def _nearest(a: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    inside = _is_plan(a, (rows, columns))
-    return lax.cond(inside, lambda a, *_: a, _from_outside, a, rows, columns)
+    totals = jnp.concatenate([rows, columns])
+    return lax.cond(_is_plan(a, totals), lambda a, _: a, _from_outside, a, totals)
 
 
 @_nearest.defjvp
@@ -429,35 +423,32 @@ def _nearest_jvp(primals, tangents):
     """
     a, rows, columns = primals
     x = _nearest(*primals)
-    active = ((x > 0) | _is_plan(a, (rows, columns))) & (rows[:, None] > 0) & (columns[None, :] > 0)
+    inside = _is_plan(a, jnp.concatenate([rows, columns]))
+    active = ((x > 0) | inside) & (rows[:, None] > 0) & (columns[None, :] > 0)
     active = jnp.where(jnp.isnan(x), x, active.astype(x.dtype))
-    da, drows, dcolumns = tangents
-    return x, _balanced(da, drows, dcolumns, active)
+    da, *dtotals = tangents
+    return x, _balanced(da, jnp.concatenate(dtotals), active)
 
 
-def _balanced(dx: jax.Array, drows: jax.Array, dcolumns: jax.Array, active: jax.Array) -> jax.Array:
+def _balanced(dx: jax.Array, dtotals: jax.Array, active: jax.Array) -> jax.Array:
     """The nearest matrix with the given sums which is 0 where not active."""
     dx = active * dx
-    rows, columns = _sums(dx)
-    return dx - active * _spread(*_potentials(active, rows - drows, columns - dcolumns))
+    return dx - active * _spread(_potentials(active, _sums(dx) - dtotals), dx)
 
 
-def _potentials(active: jax.Array, rows: jax.Array, columns: jax.Array) -> Pair:
+def _potentials(active: jax.Array, sums: jax.Array) -> jax.Array:
     """The potentials with given sums over the active entries."""
 
-    def solve(_: Any, sums: Pair) -> Pair:
-        once = _potential_solver(active)
+    def solve(_: Any, sums: jax.Array) -> jax.Array:
+        once = _potential_solver(active, _sums(active))
 
-        def refine(_: Any, potentials: Pair) -> Pair:
-            found = _sums(active * _spread(*potentials))
-            more = once(*(s - f for s, f in zip(sums, found, strict=True)))
-            return potentials[0] + more[0], potentials[1] + more[1]
+        def refine(_: Any, potentials: jax.Array) -> jax.Array:
+            return potentials + once(sums - _sums(active * _spread(potentials, active)))
 
-        start = jax.tree.map(lambda s: 0 * s, sums)
-        return lax.fori_loop(0, _REFINEMENTS, refine, start)
+        return lax.fori_loop(0, _REFINEMENTS, refine, 0 * sums)
 
     # Linear, and its own transpose: so loops have derivatives in reverse, too.
-    return lax.custom_linear_solve(lambda p: p, (rows, columns), solve, symmetric=True)
+    return lax.custom_linear_solve(lambda p: p, sums, solve, symmetric=True)
 
 
 _nearest_plan = jax.jit(jnp.vectorize(_nearest, signature="(m,n),(m),(n)->(m,n)"))
@@ -466,11 +457,12 @@ _nearest_plan = jax.jit(jnp.vectorize(_nearest, signature="(m,n),(m),(n)->(m,n)"
 @jax.custom_jvp
 def _along(free: jax.Array, allowed: jax.Array, b: jax.Array) -> jax.Array:
     """The nearest matrix with sums of 0 whose entries are nonnegative unless they are free."""
-    centred, exponent = _centred(b)
-    zeros = jnp.zeros(b.shape[0], b.dtype), jnp.zeros(b.shape[1], b.dtype)
-    free, barred = free & allowed, ~allowed
-    z = _settle(centred, zeros, free, barred, jnp.max(jnp.abs(centred)))
-    return _part(z, free, barred) * exp2(exponent, b.dtype)
+    centred, unit = _centred(b)
+    size = jnp.max(jnp.abs(centred))
+    least = jnp.where(free & allowed, -jnp.inf, 0).astype(b.dtype)
+    z = jnp.where(allowed, centred, -jnp.inf)
+    z, _ = _settle(z, jnp.zeros(sum(b.shape), b.dtype), least, size)
+    return jnp.maximum(z, least) * unit
 
 
 @_along.defjvp
@@ -478,8 +470,7 @@ def _along_jvp(primals, tangents):
     free, allowed, b = primals
     x = _along(free, allowed, b)
     active = ((free & allowed) | (x > 0)).astype(b.dtype)
-    zeros = jnp.zeros(b.shape[0], b.dtype), jnp.zeros(b.shape[1], b.dtype)
-    return x, _balanced(tangents[2], *zeros, active)
+    return x, _balanced(tangents[2], jnp.zeros(sum(b.shape), b.dtype), active)
 
 
 _along_plan = jax.jit(jnp.vectorize(_along, signature="(m,n),(m,n),(m,n)->(m,n)"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -15,7 +16,7 @@ from optax_constraints._config import builtin
 from optax_constraints._sharding import automatic
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import LineSet
-from optax_constraints.sets.order import isotonic
+from optax_constraints.sets.isotonic import are_finite, instead, isotonic
 
 
 @builtin
@@ -143,13 +144,16 @@ unimodal = Unimodal
 # Compiled by itself, so that calls outside jit find the program they made before.
 @functools.partial(jax.jit, static_argnums=1)
 def _onto_unimodal(w: jax.Array, peak: int | None) -> jax.Array:
-    finite = jnp.all(jnp.isfinite(w), axis=0, keepdims=True)
+    finite = are_finite(w)
     w = jnp.where(finite, w, 0)
     rises = jnp.diff(w, axis=0)
     if peak is None:
-        fallen = lax.cummax((rises < 0).astype(jnp.int32), axis=0) > 0
-        allowed = ~jnp.any(fallen & (rises > 0), axis=0, keepdims=True)
-        new = lax.cond(jnp.all(allowed), lambda w: w, lambda w: _ordered(w, _best_peak(w), None), w)
+        place = np.arange(len(w), dtype=w.dtype)[:, None]
+        highest = w == jnp.max(w, axis=0, keepdims=True)
+        first = jnp.min(jnp.where(highest, place, len(w)), axis=0, keepdims=True)
+        wrong = jnp.where(place[1:] <= first, rises < 0, rises > 0)
+        allowed = jnp.sum(wrong.astype(w.dtype), axis=0, keepdims=True) == 0
+        new = lax.cond(jnp.all(allowed), lambda w: w, _onto_any, w)
     else:
         sign = jnp.where(jnp.arange(len(rises)) < peak, 1, -1)[:, None].astype(w.dtype)
         allowed = jnp.all(sign * rises >= 0, axis=0, keepdims=True)
@@ -157,23 +161,26 @@ def _onto_unimodal(w: jax.Array, peak: int | None) -> jax.Array:
     return jnp.where(finite, jnp.where(allowed, w, new), jnp.nan)
 
 
-def _best_peak(w: jax.Array) -> jax.Array:
-    """The peak of each column for which the nearest unimodal one is nearest."""
-    w = lax.stop_gradient(w)
-    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True)
-    # Squares of huge and of tiny numbers are none.
-    w = w / jnp.where(largest > 0, largest, 1)
+def _onto_any(w: jax.Array) -> jax.Array:
+    """The nearest columns that rise to some peak each and fall behind it."""
+    fixed = lax.stop_gradient(w)
+    # Squares of huge and of tiny numbers are none. A power of two, so that nothing rounds.
+    scale = _numerics.power_of_two(jnp.max(jnp.abs(fixed), axis=0, keepdims=True))
+    scaled = fixed * scale
 
-    def better(peak: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        near, where = best
+    def better(peak: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        near, where, nearest = best
         peak = jnp.asarray(peak, jnp.int32)
-        new = _ordered(w, jnp.broadcast_to(peak, (1, 1)), None)
-        distance = jnp.sum(jnp.square(new - w), axis=0, keepdims=True)
+        new = _ordered(scaled, jnp.broadcast_to(peak, (1, 1)), None)
+        distance = jnp.sum(jnp.square(new - scaled), axis=0, keepdims=True)
         closer = distance < near
-        return jnp.where(closer, distance, near), jnp.where(closer, peak, where)
+        near, where = jnp.where(closer, distance, near), jnp.where(closer, peak, where)
+        return near, where, jnp.where(closer, new, nearest)
 
-    start = jnp.full_like(largest, jnp.inf), jnp.zeros_like(largest, jnp.int32)
-    return lax.fori_loop(0, len(w), better, start)[1]
+    start = jnp.full_like(scale, jnp.inf), jnp.zeros_like(scale, jnp.int32), scaled
+    _, peak, nearest = lax.fori_loop(0, len(w), better, start)
+    # The fit for that peak is compiled only for its derivative.
+    return instead(nearest / scale, _ordered(w, peak, None))
 
 
 def _ordered(w: jax.Array, peak: jax.Array, apart: jax.Array | None) -> jax.Array:
@@ -181,7 +188,7 @@ def _ordered(w: jax.Array, peak: jax.Array, apart: jax.Array | None) -> jax.Arra
 
     With `apart`, only neighbours that are not so have an order.
     """
-    place = lax.broadcasted_iota(jnp.int32, w.shape, 0)
+    place = np.arange(len(w), dtype=np.int32)[:, None]
     before, is_peak = place < peak, place == peak
     sides = jnp.where(before, 0, jnp.where(is_peak, 1, 2))
     runs = sides
@@ -206,22 +213,21 @@ def _top(own: jax.Array, others: jax.Array, linked: jax.Array) -> jax.Array:
 
     def mean(own: jax.Array, others: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
         above = linked & (others > level)
-        count = jnp.sum(above, axis=0, keepdims=True, dtype=jnp.int32)
+        # As numbers: XLA's CPU backend compiles sums of integers slowly.
+        count = jnp.sum(above.astype(own.dtype), axis=0, keepdims=True)
         excess = jnp.where(above, others - own, 0)
-        rise = jnp.sum(excess, axis=0, keepdims=True) / (count + 1).astype(own.dtype)
-        return own + rise, count
+        return own + jnp.sum(excess, axis=0, keepdims=True) / (count + 1), count
 
     fixed = lax.stop_gradient((own, others))
 
     def step(state):
-        level, last, done = state
+        level, last = state
         further, count = mean(*fixed, level)
         # What has settled stays: by rounding, an entry at the level could come and go.
-        done = done | (count >= last)
-        return jnp.where(done, level, further), count, done
+        going = count < last
+        return jnp.where(going, further, level), jnp.where(going, count, 0)
 
-    most = jnp.full_like(own, len(others) + 1, jnp.int32)
-    start = fixed[0], most, jnp.zeros_like(own, bool)
-    level = lax.while_loop(lambda state: ~jnp.all(state[-1]), step, start)[0]
-    # One more, for the derivative, which loops have not in reverse.
-    return mean(own, others, level)[0]
+    start = fixed[0], jnp.full_like(own, len(others) + 1)
+    level = lax.while_loop(lambda state: jnp.max(state[1]) > 0, step, start)[0]
+    # Of a loop there is no derivative in reverse.
+    return instead(level, mean(own, others, level)[0])

@@ -1,0 +1,170 @@
+"""What `project` moves between the 256 chips of a TPU v5e pod, beside the sum of the gradients.
+
+A step of a language model of 1.3 billion parameters (24 layers, width 2048) is compiled for a pod
+that is not there, as in `accelerators.py`, and in its environment for TPUs. Kernels are split over
+both axes of a mesh of 16 by 16 chips; each row of chips has a gradient of its own, and their sum is
+split like the kernels. Then come Adam and `project`. Collectives are counted with the bytes that
+one chip sends, for rings: of an all-reduce of n bytes over k chips that is 2n (k - 1) / k, of
+the others n (k - 1) / k, with n the larger of what comes in and goes out.
+
+Usage:
+    python benchmarks/pod.py [--layers 24] [--only TEXT]
+"""
+
+import argparse
+import collections
+import math
+import os
+import re
+import time
+from typing import Any
+
+WIDTH, HIDDEN, VOCABULARY = 2048, 8192, 32768
+KERNELS = {
+    **dict.fromkeys(("query", "key", "value"), (WIDTH, WIDTH)),
+    "out": (WIDTH, WIDTH),
+    "up": (WIDTH, HIDDEN),
+    "down": (HIDDEN, WIDTH),
+}
+_SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f64": 8}
+_LINE = re.compile(
+    r"= (\([^=]*?\)|\S+) "
+    r"(all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\((.*)"
+)
+
+
+def size(text: str) -> int:
+    """The bytes of all arrays in a text."""
+    found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
+    return sum(_SIZES.get(t, 0) * math.prod(int(n) for n in s.split(",") if n) for t, s in found)
+
+
+def sent(program: str) -> dict[str, float]:
+    """The bytes that a chip sends, by the kind of collective."""
+    shapes = dict(re.findall(r"(%[\w.-]+) = (\([^=]*?\)|\S+) ", program))
+    moved: Any = collections.Counter()
+    for result, kind, rest in _LINE.findall(program):
+        operands = rest.split("), ", 1)[0]
+        came = size(operands) or sum(
+            size(shapes.get(n, "")) for n in re.findall("%[\\w.-]+", operands)
+        )
+        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)|\[(\d+),(\d+)\])", rest)
+        count = 2
+        if groups:
+            count = int(groups[3]) if groups[3] else len(groups[1].split(","))
+        number = max(size(result), came) * (count - 1) / count
+        moved[kind] += 2 * number if kind == "all-reduce" else number
+    return moved
+
+
+def _compiled(tx: Any, params: Any, grads: Any) -> Any:
+    """A step compiled for parameters that are not there; the state is split like them."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    places = jax.tree.map(lambda p: p.sharding, params)
+    everywhere = NamedSharding(jax.tree.leaves(places)[0].mesh, PartitionSpec())
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        summed = jax.tree.map(lambda g: jnp.sum(g, axis=0), grads)
+        grads = jax.tree.map(jax.lax.with_sharding_constraint, summed, places)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def placed(x: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.eval_shape(tx.init, params)
+    state = optax.tree.map_params(
+        tx, placed, state, places, transform_non_params=lambda x: placed(x, everywhere)
+    )
+    ends = jax.tree.map(lambda x: x.sharding, (params, state))
+    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=ends)
+    return program.lower(params, state, grads).compile()
+
+
+def main() -> None:
+    """Prints what each of some steps moves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--only", default="", help="steps whose name has this text")
+    given = parser.parse_args()
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-256",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+    )
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.experimental.topologies import get_topology_desc
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import optax_constraints as oc
+
+    devices = get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
+    mesh = Mesh(np.array(devices).reshape(16, 16), ("data", "model"))
+    # What a layer writes to is split the other way round.
+    places = {
+        name: P("model", "data") if name in ("out", "down") else P("data", "model")
+        for name in KERNELS
+    }
+    shapes: dict[str, Any] = {
+        f"layer_{i}": {n: {"kernel": s} for n, s in KERNELS.items()} for i in range(given.layers)
+    }
+    shapes["embed"] = {"embedding": (VOCABULARY, WIDTH)}
+
+    def place(path: Any, shape: tuple[int, ...]) -> P:
+        return places.get(path[1].key, P("data", "model"))
+
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(
+            s, jnp.float32, sharding=NamedSharding(mesh, place(path, s))
+        ),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    grads = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(
+            (16, *p.shape),
+            jnp.float32,
+            sharding=NamedSharding(
+                mesh, P("data", *(None if a == "data" else a for a in p.sharding.spec))
+            ),
+        ),
+        params,
+    )
+    attention = {f"{name}/kernel": oc.orthogonal() for name in ("query", "key", "value", "out")}
+    rules = {
+        "none": {},
+        "max_norm of all kernels": {"kernel": oc.max_norm(1.0, axis=0)},
+        "orthogonal attention, mesh=": attention,
+    }
+    count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    print(f"{count / 1e9:.2f} billion parameters on 256 chips; megabytes that a chip sends")
+    for name, own in rules.items():
+        if given.only not in name:
+            continue
+        start = time.perf_counter()
+        compiled = _compiled(
+            optax.chain(optax.adam(1e-3), oc.project(own, mesh=mesh)), params, grads
+        )
+        text: str = compiled.as_text() or ""
+        moved = sent(text)
+        kinds = ", ".join(f"{kind} {n / 2**20:.2f}" for kind, n in sorted(moved.items()))
+        memory: Any = compiled.memory_analysis()
+        print(
+            f"  {name}: {kinds}; temporaries {memory.temp_size_in_bytes / 2**20:.0f} MB "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
