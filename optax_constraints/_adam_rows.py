@@ -16,8 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
-LONGEST_ROW = 16384
-"""Longer rows do not fit: these are 32 entries of an array for each of 512 threads."""
+from optax_constraints import _numerics
 
 _BLOCK = 4096
 """Entries of a block, where rows are shorter than that."""
@@ -37,7 +36,7 @@ class Numbers(NamedTuple):
     weight_decay: Any
 
 
-@functools.partial(jax.jit, static_argnames="interpret", inline=True)
+@functools.partial(jax.jit, static_argnames="interpret")
 def adam_rows(
     constraint: Any,
     numbers: Numbers,
@@ -58,7 +57,7 @@ def adam_rows(
     Args:
         constraint: A set of norms. Its numbers are scalars.
         numbers: Those of Adam.
-        p: Weights (rows, entries), of at most `LONGEST_ROW` entries.
+        p: Weights (rows, entries), of rows that fit into registers.
         g: Gradients.
         m: First moments.
         v: Second moments.
@@ -111,8 +110,8 @@ def _kernel(
 ) -> Any:
     rows = len(p)
     # Blocks have powers of two as their sizes, and masks where the array ends.
-    width = pl.next_power_of_2(length)
-    height = max(1, min(_BLOCK // width, pl.next_power_of_2(rows)))
+    width = _power_of_two(length)
+    height = max(1, min(_BLOCK // width, _power_of_two(rows)))
 
     def kernel(scalars: Any, p: Any, g: Any, m: Any, v: Any, norms: Any, *new: Any) -> None:
         row = pl.program_id(0) * height + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
@@ -130,7 +129,7 @@ def _kernel(
     column = pl.BlockSpec((height, 1), lambda i: (i, 0))
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, height),),
+        grid=(-(-rows // height),),
         in_specs=[pl.BlockSpec(scalars.shape, lambda i: (0,)), *[block] * 4, column],
         out_specs=[block] * 3,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (p, m, v)],
@@ -182,6 +181,11 @@ _over_devices.def_partition(
     partition=_divided,
     sharding_rule="k, r c, r c, r c, r c, r one -> r c, r c, r c",
 )
+
+
+def _power_of_two(n: int) -> int:
+    """The next one from a size on."""
+    return 1 << (n - 1).bit_length()
 
 
 def _load(ref: Any, mask: jax.Array) -> jax.Array:

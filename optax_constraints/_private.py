@@ -59,6 +59,17 @@ PRIVATE = (
         "`manual_axis_type.varying`, before JAX 0.10 as `vma`; lax.pcast, before it lax.pvary, "
         "makes it vary over more.",
     ),
+    Private(
+        "jax.experimental.pallas",
+        ("_adam_rows.py",),
+        "A kernel over blocks of arrays, with loads and stores under a mask, compiles for CUDA "
+        "GPUs by Triton and runs in the interpreter. It is imported where a leaf can use it.",
+    ),
+    Private(
+        "jax.experimental.custom_partitioning",
+        ("_adam_rows.py",),
+        "A function that says itself how a mesh divides it; without a mesh it is what it was.",
+    ),
     # Optax.
     Private(
         "optax.<locals>",

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 import optax_constraints as oc
-from optax_constraints import _sharding
+from optax_constraints import _sharding, recipes
 from optax_constraints._private import PRIVATE, Private, called_from_optax
 
 PACKAGE = Path(oc.__file__).parent
@@ -323,6 +323,19 @@ def _() -> None:
     assert seen[-1] == (AxisType.Auto,)
     np.testing.assert_array_equal(out, np.full((2, 3), 2))
     assert jax.typeof(out).sharding.mesh.axis_types == (AxisType.Explicit,)
+
+
+@keeps("jax.experimental.pallas", "jax.experimental.custom_partitioning")
+def _() -> None:
+    # What it computes: tests/test_fused_adam.py; on a mesh: tests/distributed_worker.py.
+    def step(w: Any, interpret: bool) -> Any:
+        adam = recipes.fused_adam(0.1, oc.unit_norm(axis=1), interpret=interpret)
+        return adam.step(w, adam.init(w), jnp.zeros_like(w))[0]
+
+    w = jnp.array([[3.0, 4.0, 0.0]])
+    np.testing.assert_allclose(step(w, True), [[0.6, 0.8, 0.0]], rtol=1e-6)
+    traced = jax.jit(step, static_argnums=1).trace(w, False)
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def always(step: Any) -> Any:
