@@ -31,7 +31,7 @@ RULES = {
     "unit": oc.unit_norm(axis=(-2, -1)),
     "fixed": oc.fixed_norm("init", axis=1),
     "vector": oc.max_norm(1.0),
-    "columns": oc.max_norm(1.0),
+    "columns": oc.max_norm("0.9x init"),
     "free": None,
 }
 IN_ROWS = len(SHAPES) - 2
