@@ -160,7 +160,7 @@ def test_which_leaves_the_kernel_takes():
         fused = recipes.fused_adam(0.1, oc.max_norm(1.0, axis=axis))
         assert kernels(fused, jnp.ones(shape, dtype)) == (taken, 0), (shape, dtype, axis)
     # Gradients wider than the weights would change the dtype of the moments; narrower ones do not.
-    fused, w = recipes.fused_adam(0.1, oc.unit_norm(axis=1)), jnp.ones((2, 3))
+    fused, w = recipes.fused_adam(0.1, oc.unit_norm(axis=1)), jnp.ones((2, 3), jnp.float32)
     assert kernels(fused, w, w.astype(jnp.bfloat16)) == (1, 0)
     assert kernels(fused, w.astype(jnp.bfloat16), w) == (0, 0)
     groups = {oc.across("w"): oc.max_norm(1.0, axis=-1)}

@@ -286,7 +286,7 @@ def _scaled_update(
 def _limited_sum(params: jax.Array, updates: jax.Array, limit: Callable[..., float]) -> jax.Array:
     """The weights after an update, with entries of limited size."""
     wide = params.astype(_numerics.compute_dtype(params.dtype))
-    moved, most = updates.astype(wide.dtype), limit(wide.dtype)
+    moved, most = updates.astype(wide.dtype), wide.dtype.type(limit(wide.dtype))
     total = wide + moved
     # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
     # optimizer's arithmetic and keeps the result for both passes.
