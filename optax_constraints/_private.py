@@ -25,8 +25,11 @@ PRIVATE = (
     Private(
         "jax.core.Tracer",
         (
+            "_called.py",
             "_config.py",
             "_constraint.py",
+            "_divided.py",
+            "_gauge.py",
             "_html.py",
             "_numbers.py",
             "_numerics.py",
@@ -42,7 +45,7 @@ PRIVATE = (
     ),
     Private(
         "jax.typeof",
-        ("_sharding.py", "sets/part.py"),
+        ("_divided.py", "_sharding.py", "sets/part.py"),
         "The type of an array has a sharding with a spec and a mesh, and the mesh has the names "
         "and the types of its axes: none for an array that is on no mesh.",
     ),
