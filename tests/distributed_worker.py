@@ -543,7 +543,8 @@ def matrices(
             with inside():
                 again = oc.constrain(got, constraint, mesh=given, state=state)
             checks.close(kind, "others", again, want[0])
-    params = {f"{i}": put(rng.normal(size=(32, 32)), mesh, P("x", "y")) for i in range(16)}
+    weights = {f"{i}": rng.normal(size=(32, 32)).astype(np.float32) for i in range(16)}
+    params = {n: put(w, mesh, P("x", "y")) for n, w in weights.items()}
     work = jax.jit(Cubes()).lower(np.zeros((32, 32), np.float32)).compile()
 
     def cubes(params):
@@ -555,7 +556,8 @@ def matrices(
     part = flops[0] / (16 / mesh.size * flops[1])
     checks.that(part < 1.1, kind, f"{part} of a part of the work")
     # Also where they are sharded in different ways, a leaf stays where it is.
-    params = {n: put(w, mesh, P("y", "x")) if int(n) % 2 else w for n, w in params.items()}
+    ways = P("x", "y"), P("y", "x")
+    params = {n: put(w, mesh, ways[int(n) % 2]) for n, w in weights.items()}
     with inside():
         got = jax.jit(cubes)(params)
     for n, w in got.items():
@@ -683,7 +685,7 @@ def main() -> None:
                 groups_of_leaves(checks, explicit, "groups on explicit axes")
             matrices(checks, explicit, "matrices on explicit axes", None)
     else:
-        matrices(checks, mesh, "matrices", mesh)
+        matrices(checks, mesh, "matrices", mesh, ["orthogonal", "around"])
         if jax.process_count() == 2:
             hyperparameters(checks, mesh)
     for group in groups:
