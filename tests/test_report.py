@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_constraints as oc
-from optax_constraints import _constraint
+from optax_constraints import _called
 
 
 def rows(table: oc.Report) -> dict[str, object]:
@@ -158,9 +158,9 @@ def test_unmatched_rules_are_errors_here_too():
 
 def test_leaves_of_one_shape_under_equal_constraints_share_a_program():
     params = {f"layer_{i}": jnp.full((5, 7), i / 4) for i in range(6)}
-    before = _constraint._called._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    before = _called._called._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
     table = oc.report(params, oc.max_norm(1.75))
-    assert _constraint._called._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert _called._called._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
     outside = [row.outside for row in table.rows]
     want = [7**0.5 * max(0.0, 5**0.5 * i / 4 - 1.75) for i in range(6)]
     np.testing.assert_allclose(outside, want, rtol=1e-5, atol=1e-6)

@@ -294,7 +294,8 @@ def _solver(gram: jax.Array, active: jax.Array) -> Any:
     """Solves the system of the active inequalities for each unit."""
     inside = active[:, :, None] & active[:, None, :]
     diagonal = jnp.where(active, _regularity(gram), 1)[:, None]
-    matrices = jnp.where(inside, gram, 0) + np.eye(len(gram), dtype=gram.dtype) * diagonal
+    eye = np.eye(len(gram), dtype=gram.dtype)[None]
+    matrices = jnp.where(inside, gram[None], 0) + eye * diagonal
     # Transposed, as LAPACK has it, lest a loop makes a copy in another order.
     upper = jnp.swapaxes(lax.linalg.cholesky(matrices, symmetrize_input=False), -1, -2)
 
