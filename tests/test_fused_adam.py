@@ -139,7 +139,12 @@ def kernels(fused, params, grads=None, **extra):
     traced = jax.jit(functools.partial(fused.step, **extra)).trace(
         params, fused.init(params), grads
     )
-    texts = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu"))
+    try:
+        texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")]
+    except RuntimeError as error:
+        if "No supported GPU devices found" in str(error):
+            pytest.skip("since JAX 0.12 kernels are lowered for GPUs only where there is one")
+        raise
     return tuple(text.count("@__gpu$xla.gpu.triton(") for text in texts)
 
 

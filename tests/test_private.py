@@ -335,7 +335,11 @@ def _() -> None:
     w = jnp.array([[3.0, 4.0, 0.0]])
     np.testing.assert_allclose(step(w, True), [[0.6, 0.8, 0.0]], rtol=1e-6)
     traced = jax.jit(step, static_argnums=1).trace(w, False)
-    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    try:
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:  # since JAX 0.12, where there is no GPU
+        if "No supported GPU devices found" not in str(error):
+            raise
 
 
 def always(step: Any) -> Any:
