@@ -274,13 +274,14 @@ class Bindings:
             if visit.constraint is not None and updates is not _NO_UPDATES and _moves(bound, came):
                 update = jax.tree.map(jnp.asarray, bound.of(new))
             visits.append((visit, update))
-        done = self._divided(visits, mesh) if divides else {}
+        moves = updates is not _NO_UPDATES
+        done = self._divided(visits, mesh, moves) if divides else {}
         for key, (visit, update) in zip(self._keys, visits, strict=True):
             bound, constraint, weights, own = visit
             if constraint is None:
                 continue
             result = bound.of(new)
-            if updates is _NO_UPDATES or update is not None:
+            if not moves or update is not None:
                 moving = () if update is None else (update,)
                 elsewhere = {"done": done[key]} if key in done else {}
                 result, own = function(constraint, weights, own, *moving, **elsewhere)
@@ -292,13 +293,15 @@ class Bindings:
         return treedef.unflatten(new), kept
 
     def _divided(
-        self, visits: list[tuple[Visit, Any]], mesh: AnyMesh | None
+        self, visits: list[tuple[Visit, Any]], mesh: AnyMesh | None, moves: bool
     ) -> dict[str, tuple[Any, Any]]:
         """By key, the projections that are found on other devices than those of their leaves."""
         work = {}
         for key, (visit, update) in zip(self._keys, visits, strict=True):
             bound, constraint, weights, memory = visit
             if constraint is None or not constraint.spreads or bound.is_group:
+                continue
+            if moves and update is None:  # a frozen leaf, which stays as it is
                 continue
             # Before a step, sets with schedules and numbers of leaves are equal or not.
             same = object() if bound.needs_args else bound.constraint
