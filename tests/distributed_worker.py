@@ -555,6 +555,16 @@ def matrices(
     flops = [cast(Any, p.cost_analysis())["flops"] for p in (program, work)]
     part = flops[0] / (16 / mesh.size * flops[1])
     checks.that(part < 1.1, kind, f"{part} of a part of the work")
+
+    def frozen(params):  # half of the leaves
+        updates = {n: w if int(n) % 2 else optax.MaskedNode() for n, w in params.items()}
+        tx = oc.project(Cubes(), mesh=given)
+        return tx.update(updates, tx.init(params), params)
+
+    with inside():
+        program = jax.jit(frozen).lower(params).compile()
+    less = cast(Any, program.cost_analysis())["flops"] / flops[0]
+    checks.that(less < 0.6, kind, f"{less} of the work with half of the leaves frozen")
     # Also where they are sharded in different ways, a leaf stays where it is.
     ways = P("x", "y"), P("y", "x")
     params = {n: put(w, mesh, ways[int(n) % 2]) for n, w in weights.items()}
