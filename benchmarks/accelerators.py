@@ -151,19 +151,10 @@ def main() -> None:
 def devices_of(platform: str, target: Path | None) -> Any:
     """Eight devices that are not there."""
     if platform == "tpu":
-        os.environ.update(
-            JAX_PLATFORMS="cpu",
-            TPU_SKIP_MDS_QUERY="1",
-            TPU_ACCELERATOR_TYPE="v5litepod-8",
-            TPU_WORKER_HOSTNAMES="localhost",
-            TPU_WORKER_ID="0",
-        )
-    else:
-        os.environ.update(JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+        return tpu_devices(2, 4)
+    os.environ.update(JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
     from jax.experimental.topologies import get_topology_desc
 
-    if platform == "tpu":
-        return get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     return get_topology_desc(
         platform="cuda",
         topology_name="",
@@ -178,6 +169,20 @@ class Variant(NamedTuple):
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Any], Any]
     """From parameters, state and gradients to new parameters and state."""
+
+
+def tpu_devices(rows: int, columns: int) -> Any:
+    """The chips of a TPU v5e that is not there."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE=f"v5litepod-{rows * columns}",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+    )
+    from jax.experimental.topologies import get_topology_desc
+
+    return get_topology_desc(platform="tpu", topology_name=f"v5e:{rows}x{columns}").devices
 
 
 def variants() -> dict[str, Variant]:

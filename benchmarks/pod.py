@@ -14,10 +14,11 @@ Usage:
 import argparse
 import collections
 import math
-import os
 import re
 import time
 from typing import Any
+
+from accelerators import tpu_devices
 
 WIDTH, HIDDEN, VOCABULARY = 2048, 8192, 32768
 KERNELS = {
@@ -92,24 +93,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--only", default="", help="steps whose name has this text")
     given = parser.parse_args()
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-256",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0",
-    )
+    devices = tpu_devices(16, 16)
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from jax.experimental.topologies import get_topology_desc
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
     import optax_constraints as oc
 
-    devices = get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
     mesh = Mesh(np.array(devices).reshape(16, 16), ("data", "model"))
     # What a layer writes to is split the other way round.
     places = {
