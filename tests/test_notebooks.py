@@ -42,6 +42,14 @@ def complaints(notebook):
     return errors + [text(own["text"]) for own in shown if own.get("name") == "stderr"]
 
 
+@pytest.fixture(scope="module")
+def own_fonts(tmp_path_factory):
+    """A list of fonts that this run makes: one that lacks fonts makes Matplotlib complain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        yield
+
+
 def test_there_are_notebooks():
     assert {"quickstart", "what-can-go-wrong", "mixtures", "ternary", "pruning"} <= set(NOTEBOOKS)
 
@@ -101,6 +109,7 @@ def slug(heading):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_fonts")
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, capsys):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
