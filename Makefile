@@ -14,6 +14,11 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics feasible)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
+# What `make test` leaves to `make test-all`, beside slow tests and float16: unusual modes and inputs,
+# training, other libraries, processes, pictures and commands.
+LATER := $(call tests,modes hostile faults cones straight_through conformance properties stats \
+	distributed resume clients training_networks networks train_lm known_answers fused_adam keras \
+	keras_parity flax_bridge flax_signatures private plot html cli)
 # What may come out otherwise with other versions of JAX, Optax and Flax; and with older ones.
 VERSIONS := $(call tests,project memory wrappers composition resume private package layout \
 	flax_linen flax_nnx flax_bridge flax_signatures)
@@ -38,7 +43,7 @@ quickly = flags="$(QUICKLY)"; \
 test: .venv/.tests
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	{ $(LINT); } >"$$log" 2>&1 & lint=$$!; \
-	$(call quickly,$(BIN)) -m "not slow and not float16"; tests=$$?; \
+	$(call quickly,$(BIN)) -m "not slow and not float16" $(addprefix --ignore=,$(LATER)); tests=$$?; \
 	wait $$lint; linted=$$?; cat "$$log"; \
 	test $$tests = 0 && test $$linted = 0
 
@@ -48,7 +53,8 @@ test-all: test-left-out test-float64 test-floor test-newest test-ecosystem
 test-left-out: .venv/.tests
 	$(BIN)/$(PYTEST) -k "not bfloat16 and (not eager or float16)" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
-		$(filter-out $(PROMISES),$(sort $(wildcard tests/test_*.py))) optax_constraints
+		$(filter-out $(PROMISES) $(LATER),$(sort $(wildcard tests/test_*.py))) optax_constraints
+	$(call quickly,$(BIN)) $(LATER)
 
 test-float64: .venv/.tests
 	export JAX_ENABLE_X64=1; $(call quickly,$(BIN)) -m "not slow" -k "not eager" \

@@ -221,6 +221,7 @@ def jacobians(constraint: oc.Constraint) -> Any:
     return jax.jit(lambda w: (jax.jacfwd(constraint)(w), jax.jacrev(constraint)(w)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraint", "offsets"),
     [

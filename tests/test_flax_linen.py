@@ -177,6 +177,10 @@ MODES: dict[str, Callable[..., nn.Module]] = {
     )(*args),
 }
 each_mode = pytest.mark.parametrize("mode", ["alone", "scan", "vmap"])
+# All layers in a stack take a while to compile.
+each_mode_slowly = pytest.mark.parametrize(
+    "mode", ["alone", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("scan", "vmap"))]
+)
 SHIFT = {"alone": 0, "scan": 1, "vmap": 0}  # of a layer's own axes by the axis of the stack
 
 
@@ -243,7 +247,7 @@ def test_without_a_declaration_it_is_the_plain_layer(name):
     assert ocl.declared(ours, *case.args) == {}
 
 
-@each_mode
+@each_mode_slowly
 def test_declared_or_not_weights_and_outputs_are_those_of_flax(mode):
     plain, ours, declaring = (MODES[mode](*args) for args in ((nn,), (ocl,), (ocl, True)))
     wanted = jax.eval_shape(plain.init, KEY, 0.0)
@@ -288,7 +292,7 @@ def test_layout_is_that_of_each_layer(mode, library):
 
 
 @pytest.mark.parametrize("name", CASES)
-@each_mode
+@each_mode_slowly
 def test_constraints_hold_after_every_step(mode, name):
     start, kept = flat(outside_weights(mode)), flat(trained(mode))
     moved = []

@@ -48,7 +48,9 @@ def _above(
     """How many normals each unit lies above the plane; no normal stands for ones."""
     if normal is None:
         return _sum(x - point, axis) / _size(x, axis)
-    return _sum((x - point) * normal, axis) / _sum(jnp.square(normal), axis)
+    # Not of `x - point`, which XLA's CPU backend sums more slowly, by a factor of 25 for columns.
+    above = _sum(x * normal, axis) - _sum(point * normal, axis)
+    return above / _sum(jnp.square(normal), axis)
 
 
 def _is_near(

@@ -15,22 +15,18 @@ def bound(kernel: np.ndarray, strides: tuple[int, ...] = (1,)) -> float:
     """
     *window, _, _ = kernel.shape
     degrees = [-(-n // s) - 1 for n, s in zip(window, strides, strict=True)]
-    largest = 0.0
-    for point in itertools.product(*(np.arange(max(8 * d, 1)) for d in degrees)):
-        gram: np.ndarray | float = 0.0
-        for alias in itertools.product(*map(range, strides)):
-            angles = [
-                2 * np.pi * (i / max(8 * d, 1) + j) / s
-                for i, d, j, s in zip(point, degrees, alias, strides, strict=True)
-            ]
-            at = sum(
-                kernel[p] * np.exp(-1j * np.dot(p, angles))
-                for p in itertools.product(*map(range, window))
-            )
-            gram = gram + np.conj(at.T) @ at / np.prod(strides)
-        values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
-        if values[-1] > 0:
-            largest = max(largest, values[-1] * np.sum((values / values[-1]) ** 128) ** (1 / 128))
+    points = list(itertools.product(*(np.arange(max(8 * d, 1)) / max(8 * d, 1) for d in degrees)))
+    aliases = list(itertools.product(*map(range, strides)))
+    angles = 2 * np.pi * (np.array(points)[:, None] + np.array(aliases)) / np.array(strides)
+    places = list(itertools.product(*map(range, window)))
+    at = np.tensordot(
+        np.exp(-1j * np.inner(angles, places)), kernel.reshape(-1, *kernel.shape[-2:]), 1
+    )
+    gram = np.sum(np.conj(np.swapaxes(at, -1, -2)) @ at, axis=1) / len(aliases)
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    top = np.max(values, axis=-1, keepdims=True)
+    powers = np.sum((values / np.where(top > 0, top, 1)) ** 128, axis=-1) ** (1 / 128)
+    largest = np.max(top[:, 0] * powers)
     return largest / np.cos(np.pi / 16) ** sum(d > 0 for d in degrees)
 
 
