@@ -14,8 +14,8 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics feasible)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
-# What `make test` leaves to `make test-all`, beside slow tests and float16: unusual modes and inputs,
-# training, other libraries, processes, pictures and commands.
+# What `make test` leaves to `make test-all`, beside slow tests and float16: unusual modes and
+# inputs, training, other libraries, processes, pictures and commands.
 LATER := $(call tests,modes hostile faults cones straight_through conformance properties stats \
 	distributed resume clients training_networks networks train_lm known_answers fused_adam keras \
 	keras_parity flax_bridge flax_signatures private plot html cli)
@@ -51,9 +51,9 @@ test: .venv/.tests
 test-all: test-left-out test-float64 test-floor test-newest test-ecosystem
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -k "not bfloat16 and (not eager or float16)" $(PROMISES)
+	$(BIN)/$(PYTEST) -k "not float16 and not eager" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
-		$(filter-out $(PROMISES) $(LATER),$(sort $(wildcard tests/test_*.py))) optax_constraints
+		$(filter-out $(LATER),$(sort $(wildcard tests/test_*.py))) optax_constraints
 	$(call quickly,$(BIN)) $(LATER)
 
 test-float64: .venv/.tests

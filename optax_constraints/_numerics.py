@@ -292,7 +292,11 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
         return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
 
     dtype = widest(*(x.dtype for x in arrays))
-    each = (jnp.max(lax.stop_gradient(x)).astype(dtype) for x in arrays)
+    def entry(x: jax.Array) -> jax.Array:
+        # What has computed one entry, has computed all of them.
+        return jnp.max(x) if explicit_axes(x) else x.reshape(-1)[0]
+
+    each = (entry(lax.stop_gradient(x)).astype(dtype) for x in arrays)
     number = functools.reduce(lax.max, each)
     return lax.platform_dependent(number, cpu=one, default=lambda n: jnp.ones_like(n, jnp.int32))
 
@@ -306,7 +310,8 @@ class InTurn:
     """The order in which leaves are summed, so that what is kept of them shares its memory.
 
     As many leaves at once as together have about the size of the largest take a turn, and the
-    next ones wait until the norms of these are known.
+    next ones wait until the norms of these are known, if they are not small beside the largest: to
+    wait for a norm is a kernel more to compile.
 
     Args:
         largest: The size of the largest leaf.
@@ -314,8 +319,8 @@ class InTurn:
 
     def __init__(self, largest: int):
         self._most = largest + largest // 4  # a kernel with its bias
-        self._size = 0
-        self._ends: list[jax.Array] = []
+        self._size = self._last = 0
+        self._ends: list[tuple[int, jax.Array]] = []
         self._one: jax.Array | None = None
 
     def wait(self, x: Any) -> Any:
@@ -323,17 +328,20 @@ class InTurn:
         leaves = jax.tree.leaves(x)
         size = sum(leaf.size for leaf in leaves)
         if self._size + size > self._most and self._ends:
-            self._size, self._one, self._ends = 0, _one_after(self._ends), []
+            known = [norm for size, norm in self._ends if 32 * size >= self._most]
+            self._one = _one_after(known or [norm for _, norm in self._ends])
+            self._size, self._ends = 0, []
         self._size += size
+        self._last = size
         one = self._one
         if one is None or not any(isinstance(leaf, Tracer) for leaf in leaves):
             return x
         return jax.tree.map(lambda leaf: _times(leaf, one), x)
 
     def end(self, known: jax.Array | None) -> None:
-        """Says what is known when a leaf has been summed."""
+        """Says what is known when the leaf that waited last has been summed."""
         if known is not None and known.size:
-            self._ends.append(known)
+            self._ends.append((self._last, known))
 
 
 def stored(w: jax.Array) -> jax.Array:
