@@ -15,10 +15,11 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 PROMISES := $(call tests,numerics feasible)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
 # What `make test` leaves to `make test-all`, beside slow tests and float16: unusual modes and
-# inputs, training, other libraries, processes, pictures and commands.
-LATER := $(call tests,modes hostile faults cones straight_through conformance properties stats \
-	distributed resume clients training_networks networks train_lm known_answers fused_adam keras \
-	keras_parity flax_bridge flax_signatures private plot html cli)
+# inputs, training, layers, other optimizers and libraries, processes, pictures and commands.
+LATER := $(call tests,modes hostile faults cones straight_through conformance properties pytrees \
+	stats distributed resume clients training_networks networks train_lm known_answers projected \
+	unit_adam fused_adam kept_params keras keras_parity flax_linen flax_nnx flax_bridge \
+	flax_signatures private plot html cli)
 # What may come out otherwise with other versions of JAX, Optax and Flax; and with older ones.
 VERSIONS := $(call tests,project memory wrappers composition resume private package layout \
 	flax_linen flax_nnx flax_bridge flax_signatures)

@@ -292,6 +292,7 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
         return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
 
     dtype = widest(*(x.dtype for x in arrays))
+
     def entry(x: jax.Array) -> jax.Array:
         # What has computed one entry, has computed all of them.
         return jnp.max(x) if explicit_axes(x) else x.reshape(-1)[0]
