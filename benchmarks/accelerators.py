@@ -20,11 +20,15 @@ nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12` (the plugin in the version of jax)
 import argparse
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from compiled import size_of
 
 H100 = """
 platform_name: "CUDA"
@@ -69,24 +73,10 @@ class Program(NamedTuple):
 
 # The text of a program.
 
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
-_SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier"}
 _COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
-
-
-def size_of(text: str) -> int:
-    """The bytes of an array or a tuple, as the text of a program has its type."""
-    total = 0
-    for kind, shape in _ARRAY.findall(text):
-        size = _SIZES.get(kind, 0)
-        for length in filter(None, shape.split(",")):
-            size *= int(length)
-        total += size
-    return total
 
 
 def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:

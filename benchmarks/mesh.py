@@ -11,15 +11,20 @@ Usage:
 """
 
 import argparse
-import collections
 import math
 import re
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from compiled import collectives, entries_of
 
 import optax_constraints as oc
 
@@ -33,17 +38,6 @@ SETS = {
 }
 PLACES = {"whole": P(), "rows": P("x", None), "columns": P(None, "x"), "both": P("x", "y")}
 
-_COLLECTIVE = re.compile(
-    r"= (\([^=]*?\)|\S+) "
-    r"((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter|collective-\w+)(?:-start)?\("
-)
-_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
-
-
-def entries(shape: str) -> int:
-    """How many entries an array has."""
-    return math.prod(int(n) for n in shape.split(",") if n)
-
 
 def work(compiled: Any) -> float:
     """Products, and decompositions by the cubes of their sizes."""
@@ -52,14 +46,14 @@ def work(compiled: Any) -> float:
     total = 0.0
     for line in program.splitlines():
         if " dot(" in line:
-            out = entries(line.split("[", 1)[1].split("]", 1)[0])
+            out, *_ = entries_of(line)
             left = re.search(r"dot\((?:\w+\[([\d,]*)\]\S* )?(%[\w.-]+)", line)
             axis = re.search(r"lhs_contracting_dims=\{(\d+)", line)
             if left and axis:
                 sizes = (left[1] or shapes.get(left[2], "")).split(",")
                 total += 2 * out * int(sizes[int(axis[1])])
         elif "lapack_" in line or 'custom_call_target="Cholesky"' in line:
-            first = [int(n) for n in _ARRAY.findall(line)[0].split(",") if n]
+            first = [int(n) for n in re.findall(r"\w\[([\d,]*)\]", line)[0].split(",") if n]
             total += math.prod(first[:-2]) * max(first[-2:]) ** 3
     return total
 
@@ -89,10 +83,9 @@ def main() -> None:
                     return oc.constrain(params, constraint, mesh=over)
 
                 program = jax.jit(constrain, out_shardings=at).lower(params).compile()
-                text = re.sub(r"/\*.*?\*/", "", program.as_text() or "")  # numbers in long tuples
-                moved: Any = collections.Counter()
-                for result, kind in _COLLECTIVE.findall(text):
-                    moved[kind] += sum(map(entries, _ARRAY.findall(result)))
+                moved: Any = Counter()
+                for kind, result, _ in collectives(program.as_text() or ""):
+                    moved[kind] += sum(entries_of(result))
                 memory: Any = program.memory_analysis()
                 leaves = memory.temp_size_in_bytes / 4 / math.prod(shape)
                 shown = ", ".join(f"{kind} {n:,}" for kind, n in sorted(moved.items()))

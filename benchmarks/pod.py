@@ -12,13 +12,18 @@ Usage:
 """
 
 import argparse
-import collections
 import math
 import re
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from accelerators import tpu_devices
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from compiled import collectives, size_of, uncommented
 
 WIDTH, HIDDEN, VOCABULARY = 2048, 8192, 32768
 KERNELS = {
@@ -27,34 +32,22 @@ KERNELS = {
     "up": (WIDTH, HIDDEN),
     "down": (HIDDEN, WIDTH),
 }
-_SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f64": 8}
-_LINE = re.compile(
-    r"= (\([^=]*?\)|\S+) "
-    r"(all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\((.*)"
-)
-
-
-def size(text: str) -> int:
-    """The bytes of all arrays in a text."""
-    found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
-    return sum(_SIZES.get(t, 0) * math.prod(int(n) for n in s.split(",") if n) for t, s in found)
 
 
 def sent(program: str) -> dict[str, float]:
     """The bytes that a chip sends, by the kind of collective."""
-    program = re.sub(r"/\*.*?\*/", "", program)  # numbers in long tuples
-    shapes = dict(re.findall(r"(%[\w.-]+) = (\([^=]*?\)|\S+) ", program))
-    moved: Any = collections.Counter()
-    for result, kind, rest in _LINE.findall(program):
+    types = dict(re.findall(r"(%[\w.-]+) = (\([^=]*?\)|\S+) ", uncommented(program)))
+    moved: Any = Counter()
+    for kind, result, rest in collectives(program):
         operands = rest.split("), ", 1)[0]
-        came = size(operands) or sum(
-            size(shapes.get(n, "")) for n in re.findall("%[\\w.-]+", operands)
+        came = size_of(operands) or sum(
+            size_of(types.get(n, "")) for n in re.findall("%[\\w.-]+", operands)
         )
         groups = re.search(r"replica_groups=(?:\{\{([\d,]+)|\[(\d+),(\d+)\])", rest)
         count = 2
         if groups:
             count = int(groups[3]) if groups[3] else len(groups[1].split(","))
-        number = max(size(result), came) * (count - 1) / count
+        number = max(size_of(result), came) * (count - 1) / count
         moved[kind] += 2 * number if kind == "all-reduce" else number
     return moved
 

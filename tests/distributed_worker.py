@@ -8,11 +8,11 @@ import collections
 import contextlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,22 +189,13 @@ class Checks:
                 self.that(ulps <= limit, kind, f"{group}{jax.tree_util.keystr(keys)}: {ulps} ulps")
 
 
-_COLLECTIVE = re.compile(
-    r"= (\([^=]*?\)|\S+) "
-    r"((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter|collective-\w+)(?:-start)?\("
-)
-
-
 def collectives(program: str) -> set[tuple[str, int]]:
     """The kinds of collectives in a compiled program, with the entries of what they make.
 
     For an all-reduce that is what it takes, too.
     """
-    return {
-        (kind, math.prod(int(n) for n in shape.split(",") if n))
-        for result, kind in _COLLECTIVE.findall(program)
-        for shape in re.findall(r"\w\[([\d,]*)\]", result)
-    }
+    found = compiled.collectives(program)
+    return {(own.kind, size) for own in found for size in compiled.entries_of(own.result)}
 
 
 compilations = 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import jax
 import pytest
 
@@ -74,6 +75,15 @@ def check(report: dict, *kinds: str) -> None:
 without_x64 = pytest.mark.skipif(
     jax.config.jax_enable_x64, reason="the worker looks at float32, which it does without x64"
 )
+
+
+def test_what_moves_in_long_tuples_is_seen():
+    arrays = ", ".join(["/*index=5*/bf16[4,2]{1,0}" if i == 5 else "f32[8]{0}" for i in range(6)])
+    program = f"  %sum.1 = ({arrays}) all-reduce(%a, %b), replica_groups={{}}"
+    (found,) = compiled.collectives(program)
+    assert found.kind == "all-reduce"
+    assert compiled.entries_of(found.result) == [8] * 6
+    assert compiled.size_of(found.result) == 5 * 32 + 16
 
 
 @without_x64
