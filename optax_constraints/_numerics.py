@@ -1,7 +1,6 @@
 """Floating-point helpers shared by the sets and the verbs."""
 
 import functools
-import importlib
 import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -14,9 +13,8 @@ from jax.core import Tracer
 
 from optax_constraints._sharding import explicit_axes
 
+# Before JAX 0.8 what was float64 for a while is float32 in a batch: there is none of it there.
 enable_x64: Any = getattr(jax, "enable_x64", None)
-if enable_x64 is None:  # before JAX 0.8
-    enable_x64 = importlib.import_module("jax.experimental").enable_x64
 
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -132,14 +130,14 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     if all(x.shape[a] == 1 for a in axes):
         # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
         return jnp.abs(x)
-    wide = x.dtype == jnp.float64
+    scaled = functools.partial(_three_range_norm, axis=axis)
+    if x.dtype == jnp.float64 or enable_x64 is None:
+        return lax.platform_dependent(
+            x, cpu=functools.partial(_fallback_norm, axis=axis), default=scaled
+        )
+    wide = functools.partial(_wide_norm, axis=axis)
     return lax.platform_dependent(
-        x,
-        cpu=functools.partial(_fallback_norm if wide else _wide_norm, axis=axis),
-        cuda=functools.partial(_three_range_norm, axis=axis)
-        if wide
-        else functools.partial(_wide_norm, axis=axis, in_parts=True),
-        default=functools.partial(_three_range_norm, axis=axis),
+        x, cpu=wide, cuda=functools.partial(wide, in_parts=True), default=scaled
     )
 
 
@@ -176,7 +174,7 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 
     Right from the smallest normal number to the largest, and differentiable at zero
     (with derivative 0 there). One pass over `x`. On a CPU and on a GPU there is one sum, in
-    float64. Of float64 itself the scaled sums are under a condition on a CPU, where XLA does not
+    float64 (since JAX 0.8). Of float64 itself the scaled sums are under a condition on a CPU, where XLA does not
     fuse them with the plain one. Elsewhere sibling sums share their pass, and all three are taken
     at once.
 
