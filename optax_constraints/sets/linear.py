@@ -43,14 +43,13 @@ def _size(x: jax.Array, axis: tuple[int, ...]) -> int:
 
 
 def _above(
-    x: jax.Array, normal: jax.Array | None, point: jax.Array, axis: tuple[int, ...]
+    x: jax.Array, normal: jax.Array | None, offset: jax.Array, axis: tuple[int, ...]
 ) -> jax.Array:
     """How many normals each unit lies above the plane; no normal stands for ones."""
+    # The sum is one of products at most: XLA's CPU backend is slow to sum what it cannot read.
     if normal is None:
-        return _sum(x - point, axis) / _size(x, axis)
-    # Not of `x - point`, which XLA's CPU backend sums more slowly, by a factor of 25 for columns.
-    above = _sum(x * normal, axis) - _sum(point * normal, axis)
-    return above / _sum(jnp.square(normal), axis)
+        return (_sum(x, axis) - offset) / _size(x, axis)
+    return (_sum(x * normal, axis) - offset) / _sum(jnp.square(normal), axis)
 
 
 def _is_near(
@@ -80,7 +79,7 @@ def _lower(x: jax.Array, normal: jax.Array | None, steps: jax.Array) -> jax.Arra
 def _onto_plane(
     x: jax.Array,
     normal: jax.Array | None,
-    point: jax.Array,
+    offset: jax.Array,
     axis: tuple[int, ...],
     half: bool = False,
 ) -> jax.Array:
@@ -89,25 +88,25 @@ def _onto_plane(
     Args:
         x: The weights.
         normal: The normal, of any length; None for ones.
-        point: Any point of the plane; the nearest to zero makes for the least rounding.
+        offset: The inner product of the plane's points with the normal.
         axis: The axes of a unit.
         half: Whether what lies below the plane stays.
     """
-    steps = _above(x, normal, point, axis)
+    steps = _above(x, normal, offset, axis)
     stays = _is_near(x, normal, steps, axis, sum_rounding(x))
     stays = stays | (steps < 0) if half else stays
     # A unit whose sum is not finite becomes NaN.
     finite = jnp.isfinite(steps)
     steps, stays = jnp.where(finite, steps, jnp.nan), stays & finite
     moved = _lower(x, normal, jnp.where(stays, 0, steps))
-    rest = _above(moved, normal, point, axis)
+    rest = _above(moved, normal, offset, axis)
     return _lower(moved, normal, jnp.where(stays, 0, rest))
 
 
 @_onto_plane.defjvp
 def _onto_plane_jvp(axis, half, primals, tangents):
-    def formula(x, normal, point):
-        steps = _above(x, normal, point, axis)
+    def formula(x, normal, offset):
+        steps = _above(x, normal, offset, axis)
         return x - (steps if normal is None else steps * normal)
 
     # Also on the plane, where the projection changes nothing.
@@ -158,8 +157,8 @@ class SumTo(UnitSet):
         """Projects one floating-point array; sums are taken in float32 or wider."""
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
-        mean = value(self.value, wide.dtype) / max(_size(wide, axis), 1)
-        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+        total = value(self.value, wide.dtype)
+        return _onto_plane(wide, None, total, axis).astype(w.dtype)
 
     def gauge(self, w: Any, memory: Any = ()) -> Gauge:
         """The sums of units."""
@@ -214,8 +213,8 @@ class CenterAround(UnitSet):
         """Projects one floating-point array; means are taken in float32 or wider."""
         w = jnp.asarray(w)
         wide, axis = self._widen(w)
-        mean = value(self.ref_value, wide.dtype)
-        return _onto_plane(wide, None, mean, axis).astype(w.dtype)
+        total = value(self.ref_value, wide.dtype) * _size(wide, axis)
+        return _onto_plane(wide, None, total, axis).astype(w.dtype)
 
     def gauge(self, w: Any, memory: Any = ()) -> Gauge:
         """The means of units."""
@@ -255,14 +254,12 @@ class _NormalSet(UnitSet):
         return axis
 
     def _plane(self, wide: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The normal, with 1 as its largest entry, and the nearest point to zero."""
+        """The normal, with 1 as its largest entry, and the offset."""
         axis = self._unit_axes(None, wide.shape)
         beside = tuple(n if a in axis else 1 for a, n in enumerate(wide.shape))
         normal = jnp.asarray(self.normal, wide.dtype).reshape(beside)
         largest = jnp.max(jnp.abs(normal))
-        normal = normal / largest
-        offset = value(self.offset, wide.dtype) / largest
-        return normal, normal * (offset / _sum(jnp.square(normal), axis))
+        return normal / largest, value(self.offset, wide.dtype) / largest
 
     def _products(self, w: jax.Array) -> jax.Array:
         """The inner product of each unit with the normal."""
@@ -377,8 +374,8 @@ class HalfSpace(_NormalSet):
         self, w: jax.Array, rounding: float, slack: jax.typing.ArrayLike = 0.0
     ) -> jax.Array:
         wide, axis = self._widen(w)
-        normal, point = self._plane(wide)
-        above = _above(wide, normal, point, axis)
+        normal, offset = self._plane(wide)
+        above = _above(wide, normal, offset, axis)
         near = _is_near(wide, normal, above, axis, rounding)
         return near | (above + slack > 0)
 
@@ -388,7 +385,7 @@ class HalfSpace(_NormalSet):
         axis = self._axes(v)
         normal, _ = self._plane(v)
         near = self._reaches(w, 2 * _numerics.eps(w.dtype) + sum_rounding(v), slack)
-        up = jnp.where(near, _above(v, normal, 0 * normal, axis), 0)
+        up = jnp.where(near, _above(v, normal, jnp.zeros((), v.dtype), axis), 0)
         return _lower(v, normal, jnp.maximum(up, 0))
 
     def gauge(self, w: Any, memory: Any = ()) -> Gauge:
