@@ -174,9 +174,9 @@ def norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
 
     Right from the smallest normal number to the largest, and differentiable at zero
     (with derivative 0 there). One pass over `x`. On a CPU and on a GPU there is one sum, in
-    float64 (since JAX 0.8). Of float64 itself the scaled sums are under a condition on a CPU, where XLA does not
-    fuse them with the plain one. Elsewhere sibling sums share their pass, and all three are taken
-    at once.
+    float64 (since JAX 0.8). Of float64 itself the scaled sums are under a condition on a CPU, where
+    XLA does not fuse them with the plain one. Elsewhere sibling sums share their pass, and all
+    three are taken at once.
 
     Args:
         x: Array in float32 or float64.
