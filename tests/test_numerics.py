@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -569,6 +570,22 @@ def test_small_leaves_share_a_turn():
     assert waits([8, 8, 8]) == 2
     assert waits([8, 2, 8, 2]) == 1  # a kernel with its bias
     assert waits([100, *[5] * 20]) == 1
+
+
+def test_a_turn_waits_for_small_leaves_only_if_there_are_no_others():
+    def waited_for(sizes):
+        def sums(leaves):
+            turns = _numerics.InTurn(128)
+            for x in leaves:
+                turns.end(jnp.sum(turns.wait(x)))
+            return turns.wait(jnp.ones(160))
+
+        text = jax.jit(sums).lower([jnp.ones(n) for n in sizes]).as_text()
+        (arguments,) = re.findall(r"call @_one_after\(([^)]*)\)", text)
+        return arguments.count("%")
+
+    assert waited_for([64, 3, 5, 3]) == 2
+    assert waited_for([3, 3, 3]) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
