@@ -359,7 +359,14 @@ def test_norms_are_taken_in_float32_or_wider():
         assert _numerics.compute_dtype(dtype) == jnp.dtype(want)
 
 
-NORMS = [_numerics.norm, _numerics._three_range_norm, _numerics._wide_norm]
+wide_sums = pytest.mark.skipif(
+    _numerics.enable_x64 is None, reason="before JAX 0.8 there are no sums in float64 for a while"
+)
+NORMS = [
+    _numerics.norm,
+    _numerics._three_range_norm,
+    pytest.param(_numerics._wide_norm, marks=wide_sums),
+]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -396,11 +403,6 @@ def test_norm_has_the_derivative_of_a_norm(scale):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-wide_sums = pytest.mark.skipif(
-    _numerics.enable_x64 is None, reason="before JAX 0.8 there are no sums in float64 for a while"
-)
-
-
 @wide_sums
 def test_norm_takes_one_sum_on_a_cpu():
     # In float64, so that no condition parts it from what makes the weights. Where these are in
@@ -434,6 +436,7 @@ def test_norm_takes_one_sum_on_a_gpu():
         assert cuda.count("stablehlo.reduce(") == tpu.count("stablehlo.reduce(") - 2
 
 
+@wide_sums
 @pytest.mark.parametrize(
     ("shape", "axis", "parts"),
     [
