@@ -285,6 +285,9 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
     """The number 1, which on the CPU is not known until all of the arrays are."""
 
     def one(number: jax.Array) -> jax.Array:
+        # A reduction is a kernel of its own: what waits for it is known later than what else uses
+        # the norms, and so XLA puts that first.
+        number = jnp.max(number * np.asarray([0.5, 1], number.dtype))
         bits = lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
         # There are at most 64 of them. XLA does not know that, and so not that this is always 1.
         return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
