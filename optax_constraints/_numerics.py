@@ -295,8 +295,11 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
     dtype = widest(*(x.dtype for x in arrays))
 
     def entry(x: jax.Array) -> jax.Array:
-        # What has computed one entry, has computed all of them.
-        return jnp.max(x) if explicit_axes(x) else x.reshape(-1)[0]
+        # What has computed one entry, has computed all of them. Not of a vector of all: on a mesh
+        # that would be gathered.
+        if explicit_axes(x):
+            return jnp.max(x)
+        return lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
 
     each = (entry(lax.stop_gradient(x)).astype(dtype) for x in arrays)
     number = functools.reduce(lax.max, each)
