@@ -540,7 +540,12 @@ def test_the_root_mean_square_of_one_entry_is_its_size():
     )
 
 
-@pytest.mark.parametrize("trains", [False, True])
+older_xla = pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="XLA before JAX 0.8 keeps two leaves of a training step"
+)
+
+
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=older_xla)])
 def test_leaves_take_turns(trains):
     # XLA's CPU backend would keep the candidates of all leaves at once.
     leaves, width = 4, 256
