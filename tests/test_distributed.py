@@ -88,7 +88,7 @@ def test_what_moves_in_long_tuples_is_seen():
 
 @without_x64
 def test_two_groups_on_eight_devices():
-    """Norms and elementwise sets, which stand for all five groups in `make test`."""
+    """Norms and elementwise sets, which stand for all five groups."""
     (report,) = run(("norms of leaves", "elementwise"), timeout=300)
     kinds = ["self-test", "every set", "equality", "shardings", "donation", "compilations"]
     check(report, *kinds, "collectives", "constrain and violations", "groups", "fused")
