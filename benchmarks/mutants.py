@@ -61,6 +61,7 @@ TESTS = {
         "test_configs.py -k rules or pattern",
     ],
     "_groups": ["test_groups.py -k not mesh", "test_cones.py -k groups or joint"],
+    "_trees": ["test_trees.py", "test_rules.py", "test_first_steps.py", "test_memory.py"],
     "_walk": [
         "test_project.py",
         "test_memory.py",
@@ -84,6 +85,15 @@ TESTS = {
         "test_feasible.py -k not promise",
         "test_args.py -k not shard",
         "test_wrappers.py",
+    ],
+    "_constrain": [
+        "test_memory.py",
+        "test_rules.py -k verb or masked",
+        "test_first_steps.py",
+        "test_feasible.py -k not promise",
+        "test_args.py -k not shard",
+        "test_stats.py -k train or optimizer",
+        "test_straight_through.py",
     ],
     "_tangent": [
         "test_tangent.py",

@@ -5,6 +5,7 @@ from optax_constraints._config import deserialize as deserialize
 from optax_constraints._config import get as get
 from optax_constraints._config import register as register
 from optax_constraints._config import serialize as serialize
+from optax_constraints._constrain import constrain as constrain
 from optax_constraints._constraint import Constraint as Constraint
 from optax_constraints._patterns import across as across
 from optax_constraints._patterns import joint as joint
@@ -14,7 +15,6 @@ from optax_constraints._plot import plot as plot
 from optax_constraints._plot import plot_set as plot_set
 from optax_constraints._plot import plot_stats as plot_stats
 from optax_constraints._project import ProjectState as ProjectState
-from optax_constraints._project import constrain as constrain
 from optax_constraints._project import project as project
 from optax_constraints._projected import projected as projected
 from optax_constraints._report import Report as Report

@@ -1,11 +1,10 @@
 """What `axis` means for one leaf."""
 
 import functools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from optax_constraints._text import describe, shown, warn
+from optax_constraints._text import as_int, describe, shown, warn
 
 Axis: TypeAlias = int | Sequence[int] | Literal["fan_in"] | None
 
@@ -79,9 +78,7 @@ def check_axis(owner: str, axis: Axis) -> int | tuple[int, ...] | Literal["fan_i
 
 def _as_int(owner: str, axis: object, wanted: str) -> int:
     try:
-        if isinstance(axis, bool):
-            raise TypeError
-        return operator.index(axis)  # pyright: ignore[reportArgumentType]  # raises TypeError
+        return as_int(axis)
     except TypeError:
         raise TypeError(f"{owner}: axis={shown(axis)} is not an axis; write {wanted}.") from None
 

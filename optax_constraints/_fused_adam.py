@@ -12,9 +12,10 @@ import optax
 from jax import lax
 
 from optax_constraints._axes import Layout
+from optax_constraints._constrain import advance
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._patterns import Rules
-from optax_constraints._project import advance, project
+from optax_constraints._project import project
 from optax_constraints._rules import Binder
 from optax_constraints._sharding import explicit_axes
 from optax_constraints._walk import Bindings, Visit, is_absent, like_before

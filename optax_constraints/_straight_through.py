@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_constraints._axes import Layout
+from optax_constraints._constrain import advance, bound_now, constrain_bound
 from optax_constraints._constraint import Constraint
 from optax_constraints._numbers import check_scalar
 from optax_constraints._numerics import compute_dtype, is_array, is_readable
 from optax_constraints._patterns import Rules
-from optax_constraints._project import advance, bound_now, constrain_bound
 from optax_constraints._text import shown
 
 

@@ -1,8 +1,10 @@
-"""What errors show of what was given, and where warnings point."""
+"""What was given, as errors show it, and where warnings point."""
 
 import itertools
+import operator
 import sys
 import warnings
+from typing import Any
 
 
 def shown(value: object) -> str:
@@ -12,6 +14,13 @@ def shown(value: object) -> str:
     except (RecursionError, ValueError):
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def as_int(value: Any) -> int:
+    """An integer of any type, of NumPy or JAX too; TypeError for anything else, and for a bool."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def describe(path: str | None, shape: tuple[int, ...]) -> str:

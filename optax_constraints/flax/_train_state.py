@@ -11,10 +11,10 @@ from flax.training import train_state
 
 from optax_constraints import _stats
 from optax_constraints._axes import LeafLayout
+from optax_constraints._constrain import constrain_bound
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._lost_steps import warn_of_lost_steps
 from optax_constraints._patterns import Rules
-from optax_constraints._project import constrain_bound
 from optax_constraints._walk import parted
 from optax_constraints.flax._static import HeldLayout, HeldRules, binder
 

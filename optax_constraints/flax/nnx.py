@@ -38,11 +38,11 @@ from flax.nnx.training.optimizer import to_opt_state
 
 from optax_constraints import _stats
 from optax_constraints._axes import Layout, LeafLayout, drop_axes, insert_axes
+from optax_constraints._constrain import constrain_bound
 from optax_constraints._constraint import Constraint
 from optax_constraints._divided import AnyMesh, check_mesh
 from optax_constraints._lost_steps import warn_of_lost_steps
 from optax_constraints._patterns import Rules
-from optax_constraints._project import constrain_bound
 from optax_constraints._rules import Binder
 from optax_constraints._text import describe, shown
 from optax_constraints._trees import leaves_by_path

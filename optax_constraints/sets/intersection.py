@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +12,7 @@ from optax_constraints import _numerics
 from optax_constraints._axes import settle_axis
 from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, axis_names, tangent_at
-from optax_constraints._text import shown
+from optax_constraints._text import as_int, shown
 from optax_constraints.sets.combinators import Several
 
 
@@ -84,9 +83,7 @@ class Intersection(Several):
                     "jax.shard_map, without axis_name."
                 )
         try:
-            if isinstance(iterations, bool):
-                raise TypeError
-            count = operator.index(iterations)
+            count = as_int(iterations)
         except TypeError:
             raise TypeError(
                 f"Intersection: iterations={shown(iterations)} is not an int; write a number of "

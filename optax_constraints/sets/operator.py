@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -21,7 +20,7 @@ from optax_constraints._constraint import Constraint, own_arrays
 from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, check_numbers, number, value
 from optax_constraints._sharding import automatic
-from optax_constraints._text import describe, shown
+from optax_constraints._text import as_int, describe, shown
 from optax_constraints.sets._common import spectral_tolerance, widen
 from optax_constraints.sets.combinators import Stacked
 
@@ -261,7 +260,7 @@ def _sizes(name: str, given: Any, *, single: bool) -> int | tuple[int, ...]:
     wanted = "an int" if single else "an int, or one for each axis of the window"
     several = isinstance(given, (tuple, list)) and not single
     try:
-        sizes = tuple(map(_as_int, given if several else (given,)))
+        sizes = tuple(map(as_int, given if several else (given,)))
     except TypeError:
         raise TypeError(f"MaxOperatorNorm: {name}={shown(given)} is not {wanted}.") from None
     if min(sizes, default=0) < 1:
@@ -279,19 +278,13 @@ def _padding(where: str, given: Any) -> Any:
         raise ValueError(f"{what} has no bound here; it is for {wanted}.")
     try:
         if not isinstance(given, (tuple, list)):
-            return _as_int(given)
+            return as_int(given)
         return tuple(
-            tuple(map(_as_int, own)) if isinstance(own, (tuple, list)) else _as_int(own)
+            tuple(map(as_int, own)) if isinstance(own, (tuple, list)) else as_int(own)
             for own in given
         )
     except TypeError:
         raise TypeError(f"{what} is none; write {wanted}.") from None
-
-
-def _as_int(size: Any) -> int:
-    if isinstance(size, bool):
-        raise TypeError
-    return operator.index(size)
 
 
 def _each(size: Any, rank: int) -> tuple[int, ...]:

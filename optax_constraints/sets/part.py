@@ -1,7 +1,6 @@
 """A constraint for one part of an array."""
 
 import dataclasses
-import operator
 import re
 from typing import Any
 
@@ -18,7 +17,7 @@ from optax_constraints._config import builtin
 from optax_constraints._constraint import Constraint, tangent_at
 from optax_constraints._gauge import Gauge
 from optax_constraints._sharding import automatic, explicit_axes
-from optax_constraints._text import describe, shown
+from optax_constraints._text import as_int, describe, shown
 from optax_constraints.sets.combinators import Single
 
 
@@ -162,13 +161,11 @@ def _index_text(index: Any) -> str:
             if isinstance(item, slice):
                 bounds = (item.start, item.stop, item.step)
                 start, stop, step = (
-                    "" if bound is None else str(operator.index(bound)) for bound in bounds
+                    "" if bound is None else str(as_int(bound)) for bound in bounds
                 )
                 texts.append(f"{start}:{stop}" + (f":{step}" if step else ""))
-            elif isinstance(item, bool):
-                raise TypeError
             else:
-                texts.append(str(operator.index(item)))
+                texts.append(str(as_int(item)))
         except TypeError:
             raise TypeError(f"Part: index={shown(index)} is not an index; {wanted}.") from None
     if texts.count("...") > 1:

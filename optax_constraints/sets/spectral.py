@@ -7,8 +7,7 @@ does its derivative.
 """
 
 import dataclasses
-import operator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from optax_constraints._axes import Axis
 from optax_constraints._config import builtin
 from optax_constraints._gauge import Gauge
 from optax_constraints._numbers import Number, is_number, is_schedule, number, value
-from optax_constraints._text import shown
+from optax_constraints._text import as_int, shown
 from optax_constraints.sets._common import MatrixSet
 from optax_constraints.sets._common import spectral_tolerance as _tolerance
 from optax_constraints.sets.polar import polar
@@ -345,9 +344,7 @@ class LowRank(MatrixSet):
                 raise TypeError(f"LowRank: rank={self.rank!r} is not an integer; {wanted}")
         elif not isinstance(self.rank, (str, Arg)) and not is_schedule(self.rank):
             try:
-                if isinstance(self.rank, bool):
-                    raise TypeError
-                rank = operator.index(cast(Any, self.rank))
+                rank = as_int(self.rank)
             except TypeError:
                 raise TypeError(f"LowRank: rank={self.rank!r} is not an int; {wanted}") from None
             # More than any matrix has, and still exact as a float.
