@@ -129,7 +129,10 @@ class Constraint:
         from optax_constraints._config import to_json
 
         name = type(self).__name__
-        return {f.name: to_json(f"{name}.{f.name}", getattr(self, f.name)) for f in fields_of(self)}
+        return {
+            f.name: to_json(f"{name}.{f.name}", getattr(self, f.name))
+            for f in fields_of(type(self))
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -227,7 +230,7 @@ class Constraint:
             `jax.jit` it could not be: a bound below 0 counts as 0, as if it were traced.
         """
         values = {}
-        for field in fields_of(self):
+        for field in fields_of(type(self)):
             given = getattr(self, field.name)
             if isinstance(given, Constraint):
                 values[field.name] = given.at(step)
@@ -249,7 +252,7 @@ class Constraint:
             ValueError: If an argument is missing, or is an array where one number is needed.
         """
         values = {}
-        for field in fields_of(self):
+        for field in fields_of(type(self)):
             given, limits = getattr(self, field.name), limits_of(field)
             if isinstance(given, Constraint):
                 values[field.name] = given.read(extra, path)
@@ -286,7 +289,7 @@ class Constraint:
             ValueError: If the leaf does not have that axis, or `"fan_in"` is not certain.
         """
         owner, values = type(self).__name__, {}
-        for field in fields_of(self):
+        for field in fields_of(type(self)):
             given, limits = getattr(self, field.name), self._limits(field)
             if field.name == "axis":
                 values["axis"] = settle_axis(owner, given, shape, path, layout)
@@ -508,10 +511,22 @@ _DATA = "_names_of_data"
 
 def _values(constraint: Constraint) -> dict[str, Any]:
     """The attributes of a constraint: its fields, and what a user's class may have besides."""
-    names = [f.name for f in fields_of(constraint)]
-    slots = (name for cls in type(constraint).__mro__ for name in getattr(cls, "__slots__", ()))
-    names += sorted({*slots, *vars(constraint)} - {*names, _DATA})
-    return {name: getattr(constraint, name) for name in names if hasattr(constraint, name)}
+    names = _names_of_class(type(constraint))
+    own = vars(constraint)
+    more = own.keys() - {*names, _DATA}
+    return {
+        name: own[name] if name in own else getattr(constraint, name)
+        for name in (*names, *sorted(more))
+        if name in own or hasattr(constraint, name)
+    }
+
+
+@functools.cache
+def _names_of_class(kind: type) -> tuple[str, ...]:
+    """The names of fields, and then of slots."""
+    fields = [f.name for f in fields_of(kind)]
+    slots = {name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())}
+    return (*fields, *sorted(slots - {*fields}))
 
 
 def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
@@ -520,7 +535,7 @@ def _split(constraint: Constraint) -> tuple[dict[str, Any], _Structure]:
     names = vars(constraint).get(_DATA)
     if names is None:
         own = type(constraint) in own_classes
-        numbers = {f.name for f in fields_of(constraint) if own and f.metadata.get("number")}
+        numbers = {f.name for f in fields_of(type(constraint)) if own and f.metadata.get("number")}
         names = tuple(
             name
             for name, value in values.items()

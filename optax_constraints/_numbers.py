@@ -1,6 +1,7 @@
 """What a hyperparameter may be: a number, a schedule, text in what is known of a leaf, `arg`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -49,9 +50,10 @@ def number(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"number": Limits(**limits)})
 
 
-def fields_of(constraint: Any) -> tuple[dataclasses.Field, ...]:
-    """The fields of a constraint, if it is a dataclass."""
-    return dataclasses.fields(constraint) if dataclasses.is_dataclass(constraint) else ()
+@functools.cache
+def fields_of(kind: type) -> tuple[dataclasses.Field, ...]:
+    """The fields of a class of constraints, if it is a dataclass."""
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
 
 
 def limits_of(field: dataclasses.Field) -> Limits | None:
@@ -66,7 +68,7 @@ def check_numbers(constraint: Any) -> None:
         TypeError: If one is no number.
         ValueError: If one is NaN or out of range, or is text that is no expression.
     """
-    for field in fields_of(constraint):
+    for field in fields_of(type(constraint)):
         limits = limits_of(field)
         if limits is not None and not limits.array:
             given = getattr(constraint, field.name)

@@ -1,12 +1,14 @@
 """The table for people."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from optax_constraints import _numerics
@@ -22,6 +24,8 @@ from optax_constraints._walk import Bound, Visit
 
 _WIDTH = 100
 _RIGHT = {"units", "at bound", "outside"}
+_FEW = 2**16
+"""So many numbers are read back from a device sooner than a program for them is compiled."""
 _MOST_WORK = 2**28
 """About so many operations may go into a spectrum: a matrix of 640 x 640, a tenth of a second."""
 
@@ -264,6 +268,29 @@ def _norm(w: jax.Array) -> jax.Array:
     return _numerics.norm(w.astype(_numerics.compute_dtype(w.dtype)), None).reshape(())
 
 
+def _on_host(arrays: list[Any]) -> bool:
+    """Whether norms of these are sooner taken by NumPy than by a program compiled for them."""
+    # The squares of floats that are narrower neither overflow nor vanish in float64.
+    return all(
+        w.size <= _FEW and w.dtype != np.float64 and _is_here(w) and not isinstance(w, Tracer)
+        for w in arrays
+    )
+
+
+def _is_here(w: Any) -> bool:
+    """Whether this process has all of an array."""
+    return not isinstance(w, jax.Array) or w.is_fully_addressable
+
+
+def _wide(w: Any) -> np.ndarray:
+    return np.asarray(w).astype(np.float64)
+
+
+def _norm_of(w: Any, run: Callable[..., Any]) -> float:
+    """The norm of an array that is not traced."""
+    return math.sqrt(np.square(_wide(w)).sum()) if _on_host([w]) else float(run(_norm, w))
+
+
 def allowance(
     constraint: Constraint,
     arrays: list[jax.Array],
@@ -284,29 +311,45 @@ def allowance(
     if constraint.elementwise:
         return 0.0
     eps = max(_numerics.eps(w.dtype) for w in arrays)
-    norm = math.hypot(*(float(run(_norm, w)) for w in arrays))
+    norm = math.hypot(*(_norm_of(w, run) for w in arrays))
     # Beside weights whose norm overflows any distance would be rounding.
     return tolerance * eps * norm if math.isfinite(norm) else 0.0
 
 
-def _units(constraint: Constraint, projected: Any) -> tuple[Any, Any]:
-    """How many units there are, and how many of them are at their bound."""
+def _at_bound(constraint: Constraint, projected: Any) -> Any:
+    """Which units are at their bound; of many, how many there are and how many of them are."""
     at_bound = constraint.on_bound(projected)
-    return (None, None) if at_bound is None else (at_bound.size, at_bound.sum())
+    if at_bound is None or at_bound.size <= _FEW:
+        return at_bound
+    return at_bound.size, at_bound.sum()
 
 
-def _units_of(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any]:
-    return _units(constraint, constraint.advance(weights, memory)[0])
+def _counted(at_bound: Any) -> tuple[int | None, int | None]:
+    """How many units there are, and how many of them are at their bound."""
+    if at_bound is None:
+        return None, None
+    if isinstance(at_bound, tuple):
+        units, count = at_bound
+        return int(units), int(count)
+    here = np.asarray(at_bound) if _is_here(at_bound) else at_bound
+    return at_bound.size, int(here.sum())
 
 
-def _measured(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, Any, Any]:
-    """The distances of arrays to their set, and what `_units` says."""
-    projected, _ = constraint.advance(weights, memory)
-    return between(weights, projected), *_units(constraint, projected)
+def _at_bound_of(constraint: Constraint, weights: Any, memory: Any) -> Any:
+    return _at_bound(constraint, constraint.advance(weights, memory)[0])
 
 
-def _measured_and_gauged(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, ...]:
-    return *_measured(constraint, weights, memory), gauged(constraint, weights, memory)
+@functools.cache
+def _measure(on_host: bool, shown: bool) -> Callable[..., Any]:
+    """A function for what a report measures: distances, what `_at_bound` says, and a gauge."""
+
+    def measured(constraint: Constraint, weights: Any, memory: Any) -> tuple[Any, ...]:
+        projected, _ = constraint.advance(weights, memory)
+        away = projected if on_host else between(weights, projected)
+        gauge = gauged(constraint, weights, memory) if shown else None
+        return away, _at_bound(constraint, projected), gauge
+
+    return measured
 
 
 def rows_of(
@@ -342,20 +385,24 @@ def rows_of(
         rows.append(Row(path, leaf.shape, str(leaf.dtype), *none, layer=layer))
     if constraint is None:
         return rows
-    gauge: list[Any] = []
+    arrays, gauge = jax.tree.leaves(weights), None
     if frugal:
         distances = run(distance, weights, constraint, memory)
-        units, at_bound = run(_units_of, constraint, weights, memory)
+        at_bound = run(_at_bound_of, constraint, weights, memory)
     else:
         # Bounds may be infinite.
         infinite = not jax.config.jax_debug_infs  # pyright: ignore[reportAttributeAccessIssue]
         shown = infinite and _is_quick(constraint, weights)
-        measure = _measured_and_gauged if shown else _measured
-        distances, units, at_bound, *gauge = called(
-            measure, constraint, weights, memory, compiled=True
-        )
+        on_host = _on_host(arrays)
+        measure = _measure(on_host, shown)
+        distances, at_bound, gauge = called(measure, constraint, weights, memory, compiled=True)
+        if on_host:
+            distances = [
+                np.sqrt(np.square(_wide(w) - _wide(projected)).sum())
+                for w, projected in zip(arrays, jax.tree.leaves(distances), strict=True)
+            ]
     away = _read("report", bound, distances)
-    allowed = allowance(constraint, jax.tree.leaves(weights), tolerance, run) if any(away) else 0.0
+    allowed = allowance(constraint, arrays, tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
     rows = [
         dataclasses.replace(
@@ -365,12 +412,13 @@ def rows_of(
     ]
     own = constraint.constraint if isinstance(constraint, Group) else constraint
     inside = all(row.inside for row in rows)
+    units, bounded = _counted(at_bound)
     rows[0] = dataclasses.replace(
         rows[0],
         axis=getattr(own, "axis", None),
-        units=None if units is None else int(units),
-        at_bound=None if at_bound is None else int(at_bound),
-        histogram=None if frugal else _histogram(constraint, weights, memory, inside, *gauge),
+        units=units,
+        at_bound=bounded,
+        histogram=None if frugal else _histogram(constraint, weights, memory, inside, gauge),
     )
     return rows
 

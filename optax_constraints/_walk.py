@@ -231,7 +231,8 @@ class Bindings:
             constraint = constraint.at(step)
             if bound.needs_args:
                 constraint = constraint.read({} if extra is None else extra, bound.path)
-            weights = jax.tree.map(jnp.asarray, weights)
+            if not isinstance(weights, jax.Array):
+                weights = jax.tree.map(jnp.asarray, weights)
             yield Visit(bound, constraint, weights, memory.get(key, ()))
 
     def map(

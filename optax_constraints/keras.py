@@ -88,7 +88,7 @@ def _has_schedule(constraint: Constraint) -> bool:
     return any(
         limits_of(field) and is_schedule(getattr(part, field.name))
         for part in parts_of(constraint)
-        for field in fields_of(part)
+        for field in fields_of(type(part))
     )
 
 

@@ -54,7 +54,7 @@ class NormSet(InParts, UnitSet):
         self, path: str, shape: tuple[int, ...], layout: LeafLayout | None = None
     ) -> Constraint:
         """This constraint for one leaf, of which the sizes have to be known."""
-        for field in fields_of(self) if self.axis_name is not None else ():
+        for field in fields_of(type(self)) if self.axis_name is not None else ():
             if limits_of(field) and relative_to(given := getattr(self, field.name)) - {"init"}:
                 raise ValueError(
                     f"{type(self).__name__} on {describe(path, shape)}: {field.name}={given!r} "
@@ -107,7 +107,7 @@ class NormSet(InParts, UnitSet):
     @property
     def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
         """Whether a bound is relative to the norm at init."""
-        names = (f.name for f in fields_of(self) if limits_of(f))
+        names = (f.name for f in fields_of(type(self)) if limits_of(f))
         return any("init" in relative_to(getattr(self, name)) for name in names)
 
     def remember(self, w: jax.Array) -> Any:
