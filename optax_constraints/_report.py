@@ -272,7 +272,7 @@ def _on_host(arrays: list[Any]) -> bool:
     """Whether norms of these are sooner taken by NumPy than by a program compiled for them."""
     # The squares of floats that are narrower neither overflow nor vanish in float64.
     return all(
-        w.size <= _FEW and w.dtype != np.float64 and _is_here(w) and not isinstance(w, Tracer)
+        not isinstance(w, Tracer) and w.size <= _FEW and w.dtype != np.float64 and _is_here(w)
         for w in arrays
     )
 
@@ -397,10 +397,9 @@ def rows_of(
         measure = _measure(on_host, shown)
         distances, at_bound, gauge = called(measure, constraint, weights, memory, compiled=True)
         if on_host:
-            distances = [
-                np.sqrt(np.square(_wide(w) - _wide(projected)).sum())
-                for w, projected in zip(arrays, jax.tree.leaves(distances), strict=True)
-            ]
+            projected = _untraced("report", bound, distances)
+            pairs = zip(arrays, projected, strict=True)
+            distances = [np.sqrt(np.square(_wide(w) - _wide(p)).sum()) for w, p in pairs]
     away = _read("report", bound, distances)
     allowed = allowance(constraint, arrays, tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None
@@ -443,16 +442,21 @@ def _histogram(
     return histogram(dataclasses.replace(found, outside=found.outside & (not inside)))
 
 
-def _read(verb: str, bound: Bound, distances: Any) -> list[float]:
-    """Distances as numbers, or the reason why there are none to read."""
-    away = jax.tree.leaves(distances)
-    if any(isinstance(own, Tracer) for own in away):
+def _untraced(verb: str, bound: Bound, found: Any) -> list[Any]:
+    """The arrays that were found, or the reason why there are none to read."""
+    arrays = jax.tree.leaves(found)
+    if any(isinstance(own, Tracer) for own in arrays):
         raise TypeError(
             f"{verb} reads the weights, and those of {bound.path!r} are traced here, as under "
             f"jax.jit; call {verb} outside. Inside, write violations(params, rules): it returns "
             "arrays, which the compiled function can return in turn."
         )
-    return list(map(float, away))
+    return arrays
+
+
+def _read(verb: str, bound: Bound, distances: Any) -> list[float]:
+    """Distances as numbers."""
+    return list(map(float, _untraced(verb, bound, distances)))
 
 
 def _fit(widths: dict[str, int]) -> dict[str, int]:

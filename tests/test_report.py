@@ -164,3 +164,21 @@ def test_leaves_of_one_shape_under_equal_constraints_share_a_program():
     outside = [row.outside for row in table.rows]
     want = [7**0.5 * max(0.0, 5**0.5 * i / 4 - 1.75) for i in range(6)]
     np.testing.assert_allclose(outside, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [3, 2**15 + 1], ids=["read back", "on its device"])
+def test_of_small_leaves_and_of_large_ones(rows, dtype):
+    w = jnp.tile(jnp.asarray([[-3e30, 4e30], [-3.0, 0.0], [0.0, -1.0]], dtype), (rows // 3 + 1, 1))
+    (row,) = oc.report({"w": w}, oc.non_neg()).rows
+    assert (row.units, row.at_bound) == (w.size, w.size - len(w) // 3)
+    assert row.outside == pytest.approx(float(oc.violations(w, oc.non_neg())[""]), rel=1e-6)
+    assert not row.inside
+    (row,) = oc.report({"embedding": w}, oc.max_norm(1.0, axis=1)).rows
+    assert (row.units, row.at_bound) == (len(w), len(w))
+    assert row.outside == pytest.approx(float(oc.violations(w, oc.max_norm(1.0, axis=1))[""]))
+    assert (
+        oc.report({"embedding": oc.max_norm(1.0, axis=1)(w)}, oc.max_norm(1.0, axis=1))
+        .rows[0]
+        .inside
+    )
