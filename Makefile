@@ -52,7 +52,7 @@ test: .venv/.tests
 test-all: test-left-out test-float64 test-floor test-newest test-ecosystem
 
 test-left-out: .venv/.tests
-	$(BIN)/$(PYTEST) -k "not float16 and not eager" $(PROMISES)
+	$(BIN)/$(PYTEST) -k "not float16 and not eager and not jvp and not vmap" $(PROMISES)
 	$(call quickly,$(BIN)) -m "slow or float16" \
 		$(filter-out $(LATER),$(sort $(wildcard tests/test_*.py))) optax_constraints
 	$(call quickly,$(BIN)) $(LATER)
