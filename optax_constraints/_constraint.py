@@ -345,7 +345,8 @@ class Constraint:
             memory: What is remembered of the leaf.
 
         Returns:
-            An array with a number for each unit, or None.
+            A tree of arrays with a number for each unit, of which the last is the first to be
+            known; or None.
         """
         del params, updates, memory
         return None

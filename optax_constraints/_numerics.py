@@ -113,6 +113,11 @@ def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     )
 
 
+def is_summed_wider(dtype: jnp.dtype) -> bool:
+    """Whether CPUs sum squares of this dtype in a wider one, in which none leaves the range."""
+    return dtype != jnp.float64 and enable_x64 is not None
+
+
 def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None, *, in_parts: bool = False) -> jax.Array:
     """The norm by one sum in float64, where no square of a float32 leaves the range.
 
@@ -124,6 +129,11 @@ def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None, *, in_parts: bool = F
         return jnp.sqrt(squares(x.astype(jnp.float64), axis)).astype(x.dtype)
 
 
+def _wide_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    with enable_x64(True):
+        return sum_of_squares(x.astype(jnp.float64), axis).astype(x.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     axes = range(x.ndim) if axis is None else axis
@@ -131,7 +141,7 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
         # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
         return jnp.abs(x)
     scaled = functools.partial(_three_range_norm, axis=axis)
-    if x.dtype == jnp.float64 or enable_x64 is None:
+    if not is_summed_wider(x.dtype):
         return lax.platform_dependent(
             x, cpu=functools.partial(_fallback_norm, axis=axis), default=scaled
         )
@@ -141,19 +151,44 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     )
 
 
+def _plain(
+    x: jax.Array,
+    axis: tuple[int, ...] | None,
+    wide: Callable[..., jax.Array],
+    of_sum: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """What comes of one sum of squares: on a CPU of a wide one."""
+
+    def plain(x: jax.Array, squares: Callable[..., jax.Array] = sum_of_squares) -> jax.Array:
+        return of_sum(squares(x, axis))
+
+    platforms: dict[str, Any] = {}
+    if is_summed_wider(x.dtype):
+        platforms["cpu"] = functools.partial(wide, axis=axis)
+    if _parts(x, axis) > 1:
+        platforms["cuda"] = functools.partial(plain, squares=_sum_of_squares_in_parts)
+    return lax.platform_dependent(x, default=plain, **platforms) if platforms else plain(x)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    if _parts(x, axis) == 1:
-        return jnp.sqrt(sum_of_squares(x, axis))
-    squares = (functools.partial(f, axis=axis) for f in (_sum_of_squares_in_parts, sum_of_squares))
-    in_parts, whole = squares
-    return jnp.sqrt(lax.platform_dependent(x, cuda=in_parts, default=whole))
+    return _plain(x, axis, _wide_norm, jnp.sqrt)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    """`norm` by one sum of squares, which overflows and underflows."""
+    """`norm` by one sum of squares, which overflows and underflows but on a CPU."""
     return _plain_norm(x, axis)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def plain_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    """The sum whose root `plain_norm` is, without derivative; it may overflow.
+
+    What waits for it is no second use of the root, for which XLA's CPU backend would write that
+    down.
+    """
+    return _plain(lax.stop_gradient(x), axis, _wide_squares, lambda squares: squares)
 
 
 def _norm_jvp(function, axis, primals, tangents):
@@ -285,12 +320,12 @@ def _one_after(arrays: list[jax.Array]) -> jax.Array:
     """The number 1, which on the CPU is not known until all of the arrays are."""
 
     def one(number: jax.Array) -> jax.Array:
-        # A reduction is a kernel of its own: what waits for it is known later than what else uses
-        # the norms, and so XLA puts that first.
-        number = jnp.max(number * np.asarray([0.5, 1], number.dtype))
         bits = lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
         # There are at most 64 of them. XLA does not know that, and so not that this is always 1.
-        return 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
+        always = 1 - (lax.population_count(bits).astype(jnp.int32) >> 7)
+        # A reduction is a kernel of its own: what waits for it is known later than what else uses
+        # the norms, and so XLA puts that first.
+        return jnp.max(always * np.asarray([0, 1], np.int32))
 
     dtype = widest(*(x.dtype for x in arrays))
 
@@ -343,10 +378,11 @@ class InTurn:
             return x
         return jax.tree.map(lambda leaf: _times(leaf, one), x)
 
-    def end(self, known: jax.Array | None) -> None:
-        """Says what is known when the leaf that waited last has been summed."""
-        if known is not None and known.size:
-            self._ends.append((self._last, known))
+    def end(self, known: Any) -> None:
+        """Says what is known when the leaf that waited last has been summed: the last of these."""
+        arrays = jax.tree.leaves(known)
+        if arrays and arrays[-1].size:
+            self._ends.append((self._last, arrays[-1]))
 
 
 def stored(w: jax.Array) -> jax.Array:

@@ -138,11 +138,12 @@ def project(
             ) -> tuple[Any, Any]:
                 if stats or constraint.unitwise:
                     u = order.wait(u)
-                prepared: Any = called("prepare", constraint, p, u, own) if done is None else None
-                known = None
+                prepared, known = None, None
                 if done is not None:
                     new, kept = difference(done[0], p, u), done[1]
-                elif stats and constraint.elementwise:
+                elif not stats:
+                    new, kept, prepared = called(_updated, constraint, p, u, own)
+                elif constraint.elementwise:
                     total = jax.tree.map(moved, p, u)
                     known = _stats.of_entries(constraint, p, u, total, own)
                     before = jnp.stack([known.update, known.correction])
@@ -150,8 +151,10 @@ def project(
                     total = jax.tree.map(lambda x: in_turn(x, before), total)
                     new, kept = constraint.lead(p, u, total, own)
                 else:
-                    if stats and (known := _stats.of_update(constraint, p, u, own, prepared)):
-                        prepared = in_turn(prepared, jnp.stack([known.update, known.correction]))
+                    prepared = called("prepare", constraint, p, u, own)
+                    if known := _stats.of_update(constraint, p, u, own, prepared):
+                        before = jnp.stack([known.update, known.correction])
+                        prepared = jax.tree.map(lambda x: in_turn(x, before), prepared)
                     new, kept = called("update", constraint, p, u, own, prepared)
                 order.end(prepared)
                 if keep_dtype:
@@ -204,6 +207,12 @@ def project(
 
     tx = optax.GradientTransformationExtraArgs(init, update)
     return with_kept_params(tx, bind) if keep_params else tx
+
+
+def _updated(constraint: Constraint, params: Any, updates: Any, memory: Any) -> tuple[Any, ...]:
+    """The update of a leaf, what to remember, and what it had to know of whole units."""
+    prepared = constraint.prepare(params, updates, memory)
+    return *constraint.update(params, updates, memory, prepared), prepared
 
 
 def _narrowed(constraint: Constraint, params: Any, moved: Any, updates: Any, memory: Any) -> Any:
