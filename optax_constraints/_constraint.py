@@ -345,8 +345,8 @@ class Constraint:
             memory: What is remembered of the leaf.
 
         Returns:
-            A tree of arrays with a number for each unit, of which the last is the first to be
-            known; or None.
+            A tree of arrays with a number for each unit, for the last of which other leaves
+            wait; or None.
         """
         del params, updates, memory
         return None

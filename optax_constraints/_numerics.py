@@ -113,11 +113,6 @@ def _fallback_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     )
 
 
-def is_summed_wider(dtype: jnp.dtype) -> bool:
-    """Whether CPUs sum squares of this dtype in a wider one, in which none leaves the range."""
-    return dtype != jnp.float64 and enable_x64 is not None
-
-
 def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None, *, in_parts: bool = False) -> jax.Array:
     """The norm by one sum in float64, where no square of a float32 leaves the range.
 
@@ -129,11 +124,6 @@ def _wide_norm(x: jax.Array, axis: tuple[int, ...] | None, *, in_parts: bool = F
         return jnp.sqrt(squares(x.astype(jnp.float64), axis)).astype(x.dtype)
 
 
-def _wide_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    with enable_x64(True):
-        return sum_of_squares(x.astype(jnp.float64), axis).astype(x.dtype)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
     axes = range(x.ndim) if axis is None else axis
@@ -141,7 +131,7 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
         # XLA would make (x * up) ** 2 of a single number x ** 2 * inf.
         return jnp.abs(x)
     scaled = functools.partial(_three_range_norm, axis=axis)
-    if not is_summed_wider(x.dtype):
+    if x.dtype == jnp.float64 or enable_x64 is None:
         return lax.platform_dependent(
             x, cpu=functools.partial(_fallback_norm, axis=axis), default=scaled
         )
@@ -151,44 +141,19 @@ def _differentiable_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Arra
     )
 
 
-def _plain(
-    x: jax.Array,
-    axis: tuple[int, ...] | None,
-    wide: Callable[..., jax.Array],
-    of_sum: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """What comes of one sum of squares: on a CPU of a wide one."""
-
-    def plain(x: jax.Array, squares: Callable[..., jax.Array] = sum_of_squares) -> jax.Array:
-        return of_sum(squares(x, axis))
-
-    platforms: dict[str, Any] = {}
-    if is_summed_wider(x.dtype):
-        platforms["cpu"] = functools.partial(wide, axis=axis)
-    if _parts(x, axis) > 1:
-        platforms["cuda"] = functools.partial(plain, squares=_sum_of_squares_in_parts)
-    return lax.platform_dependent(x, default=plain, **platforms) if platforms else plain(x)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    return _plain(x, axis, _wide_norm, jnp.sqrt)
+    if _parts(x, axis) == 1:
+        return jnp.sqrt(sum_of_squares(x, axis))
+    squares = (functools.partial(f, axis=axis) for f in (_sum_of_squares_in_parts, sum_of_squares))
+    in_parts, whole = squares
+    return jnp.sqrt(lax.platform_dependent(x, cuda=in_parts, default=whole))
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def plain_norm(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    """`norm` by one sum of squares, which overflows and underflows but on a CPU."""
+    """`norm` by one sum of squares, which overflows and underflows."""
     return _plain_norm(x, axis)
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def plain_squares(x: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    """The sum whose root `plain_norm` is, without derivative; it may overflow.
-
-    What waits for it is no second use of the root, for which XLA's CPU backend would write that
-    down.
-    """
-    return _plain(lax.stop_gradient(x), axis, _wide_squares, lambda squares: squares)
 
 
 def _norm_jvp(function, axis, primals, tangents):

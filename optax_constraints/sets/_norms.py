@@ -20,12 +20,13 @@ from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import InParts, Parts, Units, UnitSet, widen
 
 
-class Norms(NamedTuple):
+class Prepared(NamedTuple):
     """What an update of a leaf has to know of its units."""
 
     norm: jax.Array
-    squares: jax.Array
-    """The sums of squares from which they come: leaves that take turns wait for them."""
+    factor: jax.Array
+    """What takes the sum of weights and update into the set. If others wait for it and not for
+    the norm, XLA's CPU backend need not write down both."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -191,28 +192,23 @@ class NormSet(InParts, UnitSet):
         scale = self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
         return tuple(_scaled(part, scale) for part in parts), memory
 
-    def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> Norms:
-        """The norm of each unit of the sum."""
-        del memory
-        units = self._units(params)
-        total = self._limited((params,), (updates,), units)
-        norm = self._norms(total, units, _numerics.plain_norm)
-        return Norms(norm, _numerics.plain_squares(total[0], units.axes[0]))
+    def prepare(self, params: jax.Array, updates: jax.Array, memory: Any = ()) -> Prepared:
+        """The norm and the factor of each unit of the sum."""
+        return self._prepared((params,), (updates,), self._units(params), memory)
 
-    def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> Norms:
-        """The norm of the vector."""
-        del memory
-        units = Units.one(params)
+    def prepare_parts(self, params: Parts, updates: Parts, memory: Any) -> Prepared:
+        """The norm and the factor of the vector."""
+        return self._prepared(params, updates, Units.one(params), memory)
+
+    def _prepared(self, params: Parts, updates: Parts, units: Units, memory: Any) -> Prepared:
         total = self._limited(params, updates, units)
         norm = self._norms(total, units, _numerics.plain_norm)
-        return Norms(norm, norm)
+        known = memory if self.remembers else jax.lax.stop_gradient(norm)
+        return Prepared(norm, self._scale(norm, known))
 
     def _limited(self, params: Parts, updates: Parts, units: Units) -> Parts:
         size = self._size(params, units)
         return tuple(_limited_sum(p, u, size) for p, u in zip(params, updates, strict=True))
-
-    def _factor(self, norm: jax.Array, memory: Any) -> jax.Array:
-        return self._scale(norm, memory if self.remembers else jax.lax.stop_gradient(norm))
 
     def update(
         self, params: jax.Array, updates: jax.Array, memory: Any = (), prepared: Any = None
@@ -220,34 +216,32 @@ class NormSet(InParts, UnitSet):
         """The update of one leaf, without the second pass that huge and tiny norms need.
 
         Beside an optimizer, whatever waits for the norms keeps a copy of the leaf alive, and
-        a second pass waits long. So entries are limited here. On a CPU the limit is near the
-        largest number. Elsewhere entries count as `_square_limit` at most, which is above 1e15
-        for a unit of up to 4 million weights in float32, and a sum whose square underflows, with a
-        norm below 1e-19 or so, counts as zero. Beyond the limit, the result is still in the set,
-        with the signs of the sum, but not the nearest point. An infinite entry makes NaN of its
-        unit, as it does without the limit.
+        a second pass waits long. So entries count as `_square_limit` at most here, which is
+        above 1e15 for a unit of up to 4 million weights in float32: beyond, the result is
+        still in the set, with the signs of the sum, but not the nearest point. A sum whose
+        square underflows, with a norm below 1e-19 or so, counts as zero. An infinite entry
+        makes NaN of its unit, as it does without the limit.
         """
-        norm = (self.prepare(params, updates, memory) if prepared is None else prepared).norm
+        known = self.prepare(params, updates, memory) if prepared is None else prepared
         size = self._size((params,), self._units(params))
-        return _scaled_update(params, updates, size, self._factor(norm, memory)), memory
+        return _scaled_update(params, updates, size, known.factor), memory
 
     def update_parts(
         self, params: Parts, updates: Parts, memory: Any, prepared: Any
     ) -> tuple[Parts, Any]:
         """The update of a vector, as for one leaf."""
-        norms = self.prepare_parts(params, updates, memory) if prepared is None else prepared
-        scale, size = self._factor(norms.norm, memory), self._size(params, Units.one(params))
-        pairs = zip(params, updates, strict=True)
-        return tuple(_scaled_update(p, u, size, scale) for p, u in pairs), memory
+        known = self.prepare_parts(params, updates, memory) if prepared is None else prepared
+        size, pairs = self._size(params, Units.one(params)), zip(params, updates, strict=True)
+        return tuple(_scaled_update(p, u, size, known.factor) for p, u in pairs), memory
 
     def taken(
         self, params: jax.Array, updates: jax.Array, prepared: Any, memory: Any = ()
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """From the norms of the sum."""
+        del memory
         units = self._units(params)
         (total,) = self._limited((params,), (updates,), units)
-        norm = prepared.norm
-        scale = self._factor(norm, memory)
+        norm, scale = prepared
         unit = self._one(self._size((params,), units))
         lengths = norm * unit * jnp.abs(1 - scale)
         at_bound = self._reaches(norm * scale, norm.dtype)
@@ -295,22 +289,12 @@ def _limited_sum(params: jax.Array, updates: jax.Array, size: int) -> jax.Array:
     """The weights after an update, with entries of limited size in units of `size` entries."""
     wide = params.astype(_numerics.compute_dtype(params.dtype))
     moved = updates.astype(wide.dtype)
-
-    # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the optimizer's
-    # arithmetic and keeps the result for both passes. What is no number is left to it, too.
-
-    def norms_fit(wide: jax.Array, moved: jax.Array) -> jax.Array:
-        most = _norm_limit(wide.dtype, size)
-        return wide + (jax.lax.clamp(-most, moved, most) + (moved - moved))
-
-    def squares_fit(wide: jax.Array, moved: jax.Array) -> jax.Array:
-        most, total = _square_limit(wide.dtype, size), wide + moved
-        first, last = (jax.lax.clamp(-most, x, most) for x in (wide, moved))
-        return first + (last + (total - total))
-
-    if not _numerics.is_summed_wider(wide.dtype):
-        return squares_fit(wide, moved)
-    return jax.lax.platform_dependent(wide, moved, cpu=norms_fit, default=squares_fit)
+    most, total = _square_limit(wide.dtype, size), wide + moved
+    # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
+    # optimizer's arithmetic and keeps the result for both passes.
+    # What is no number is left to it, too.
+    first, last = (jax.lax.clamp(-most, x, most) for x in (wide, moved))
+    return first + (last + (total - total))
 
 
 def _tolerance(norm: jax.Array) -> float:
@@ -356,8 +340,3 @@ def exactly(norm: jax.Array, bound: jax.Array) -> jax.Array:
 def _square_limit(dtype: jnp.dtype, size: int) -> Any:
     """A power of two of which twice can be squared and summed `size` times."""
     return dtype.type(2.0 ** ((int(jnp.finfo(dtype).maxexp) - size.bit_length() - 3) // 2))
-
-
-def _norm_limit(dtype: jnp.dtype, size: int) -> Any:
-    """A power of two of which twice is below the largest number, as is the norm of `size`."""
-    return dtype.type(2.0 ** (int(jnp.finfo(dtype).maxexp) - size.bit_length() // 2 - 3))
