@@ -688,6 +688,16 @@ def test_tangent_parts_of_groups_are_orthogonal_to_their_normals(rules):
     close(again, got, 32)
 
 
+@pytest.mark.parametrize("group", [joint("kernel", "bias"), across("*")])
+def test_gradients_of_groups_inside_their_set_pass(group):
+    params = {"kernel": jnp.full((4, 3), 0.5), "bias": jnp.full(3, 0.25)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = oc.tangent({group: oc.non_neg()})
+    got, _ = tx.update(grads, tx.init(params), params)
+    assert bits(got["kernel"]) == bits(grads["kernel"])
+    assert bits(got["bias"]) == bits(grads["bias"])
+
+
 # Which leaves are whose.
 
 

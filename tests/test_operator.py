@@ -186,6 +186,10 @@ def test_layers_of_nnx_are_told_as_those_of_linen():
         "dense": None,
     }
     assert layout["strided/bias"].convolution is None
+    kernel = layout["strided/kernel"]
+    assert kernel == LeafLayout(*kernel, kernel.convolution)
+    assert kernel != LeafLayout(*kernel, found["apart"])
+    assert kernel == LeafLayout(*kernel)  # by hand, which says nothing of it
 
 
 def test_layers_in_a_stack_are_bounded_one_by_one():

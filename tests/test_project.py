@@ -127,6 +127,7 @@ def test_the_state_is_a_count_of_updates():
     tx = oc.project(RULES)
     state = tx.init(params)
     assert isinstance(state, oc.ProjectState)
+    assert state.memory == ()
     assert (state.updates_seen.dtype, state.updates_seen.shape, int(state.updates_seen)) == (
         jnp.int32,
         (),
