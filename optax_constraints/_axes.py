@@ -35,6 +35,9 @@ class LeafLayout(_LeafLayout):
         same = own is None or others is None or own == others
         return same and tuple.__eq__(self, other)  # pyright: ignore[reportArgumentType]
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple has its own
+
     __hash__ = tuple.__hash__
 
     def without(self, axes: tuple[int, ...]) -> "LeafLayout":
