@@ -293,8 +293,7 @@ def _limited_sum(params: jax.Array, updates: jax.Array, size: int) -> jax.Array:
     # The sum comes last: XLA's CPU backend fuses an addition, but not a clip, with the
     # optimizer's arithmetic and keeps the result for both passes.
     # What is no number is left to it, too.
-    first, last = (jax.lax.clamp(-most, x, most) for x in (wide, moved))
-    return first + (last + (total - total))
+    return jax.lax.clamp(-most, total, most) + (total - total)
 
 
 def _tolerance(norm: jax.Array) -> float:
