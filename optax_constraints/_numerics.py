@@ -311,19 +311,23 @@ def _times(x: jax.Array, one: jax.Array) -> jax.Array:
     return x * one.astype(x.dtype)
 
 
+AT_ONCE = 2**20
+"""So many entries may be kept of several leaves at once: 4 MB in float32."""
+
+
 class InTurn:
     """The order in which leaves are summed, so that what is kept of them shares its memory.
 
-    As many leaves at once as together have about the size of the largest take a turn, and the
-    next ones wait until the norms of these are known, if they are not small beside the largest: to
-    wait for a norm is a kernel more to compile.
+    As many leaves at once as together have about the size of the largest, or `AT_ONCE`, take a
+    turn, and the next ones wait until the norms of these are known, if they are not small beside
+    the largest: to wait for a norm is a kernel more to compile.
 
     Args:
         largest: The size of the largest leaf.
     """
 
     def __init__(self, largest: int):
-        self._most = largest + largest // 4  # a kernel with its bias
+        self._most = max(largest + largest // 4, AT_ONCE)  # a kernel with its bias
         self._size = self._last = 0
         self._ends: list[tuple[int, jax.Array]] = []
         self._one: jax.Array | None = None

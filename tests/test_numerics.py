@@ -546,8 +546,9 @@ older_xla = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("trains", [False, pytest.param(True, marks=older_xla)])
-def test_leaves_take_turns(trains):
+def test_leaves_take_turns(trains, monkeypatch):
     # XLA's CPU backend would keep the candidates of all leaves at once.
+    monkeypatch.setattr(_numerics, "AT_ONCE", 0)
     leaves, width = 4, 256
     params = {f"Dense_{i}": weights(shape=(width, width), seed=i) for i in range(leaves)}
     tx = optax.chain(optax.adam(0.1), oc.project(oc.unit_norm()))
@@ -570,7 +571,7 @@ def test_leaves_take_turns(trains):
     assert analysis.temp_size_in_bytes < 1.5 * leaf
 
 
-def test_small_leaves_share_a_turn():
+def test_small_leaves_share_a_turn(monkeypatch):
     def waits(sizes):
         def sums(leaves):
             turns, out = _numerics.InTurn(max(sizes)), []
@@ -583,12 +584,16 @@ def test_small_leaves_share_a_turn():
         text = jax.jit(sums).lower([jnp.ones(n) for n in sizes]).as_text()
         return text.count("call @_one_after")
 
+    assert waits([8, 8, 8]) == 0  # of which all are small
+    monkeypatch.setattr(_numerics, "AT_ONCE", 0)
     assert waits([8, 8, 8]) == 2
     assert waits([8, 2, 8, 2]) == 1  # a kernel with its bias
     assert waits([100, *[5] * 20]) == 1
 
 
-def test_a_turn_waits_for_small_leaves_only_if_there_are_no_others():
+def test_a_turn_waits_for_small_leaves_only_if_there_are_no_others(monkeypatch):
+    monkeypatch.setattr(_numerics, "AT_ONCE", 0)
+
     def waited_for(sizes):
         def sums(leaves):
             turns = _numerics.InTurn(128)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_constraints import _numerics
 from optax_constraints._axes import LeafLayout
@@ -16,6 +17,7 @@ from optax_constraints._numbers import (
     limits_of,
     relative_to,
 )
+from optax_constraints._numerics import is_readable
 from optax_constraints._text import describe, shown
 from optax_constraints.sets._common import InParts, Parts, Units, UnitSet, widen
 
@@ -301,10 +303,15 @@ def _tolerance(norm: jax.Array) -> float:
     return 4 * _numerics.eps(norm.dtype)
 
 
-def _over(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _over(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, Any]:
     """How many times `bound` a norm is, NaN if infinite; and 0 for a bound of 0, else 1."""
     tiny = jnp.finfo(norm.dtype).tiny
-    return norm / jnp.maximum(bound, tiny) + (norm - norm), (bound > 0).astype(norm.dtype)
+    if is_readable(bound):  # by NumPy, for which there is nothing to compile
+        known = np.asarray(bound)
+        least, one = np.maximum(known, tiny), (known > 0).astype(norm.dtype)
+    else:
+        least, one = jnp.maximum(bound, tiny), (bound > 0).astype(norm.dtype)
+    return norm / least + (norm - norm), one
 
 
 def at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
@@ -314,7 +321,8 @@ def at_most(norm: jax.Array, bound: jax.Array) -> jax.Array:
     the factor with the weights and keep one more copy of them.
     """
     ratio, one = _over(norm, bound)
-    return one / jnp.where(ratio <= 1 + _tolerance(norm), 1, ratio)
+    inside = ratio <= 1 + _tolerance(norm)
+    return one / jax.lax.select(inside, jnp.ones_like(ratio), ratio)
 
 
 def _is_zero(norm: jax.Array) -> jax.Array:
