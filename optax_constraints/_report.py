@@ -283,7 +283,15 @@ def _is_here(w: Any) -> bool:
 
 
 def _wide(w: Any) -> np.ndarray:
-    return np.asarray(w).astype(np.float64)
+    """An array in float64, where what XLA takes for zeros are zeros."""
+    wide = np.asarray(w).astype(np.float64)
+    return np.where(np.abs(wide) < float(jnp.finfo(jnp.float32).tiny), 0, wide)
+
+
+def _apart(w: Any, projected: Any) -> float:
+    """The distance of two arrays; NaN if both have the same infinity."""
+    with np.errstate(invalid="ignore"):
+        return math.sqrt(np.square(_wide(w) - _wide(projected)).sum())
 
 
 def _norm_of(w: Any, run: Callable[..., Any]) -> float:
@@ -398,8 +406,7 @@ def rows_of(
         distances, at_bound, gauge = called(measure, constraint, weights, memory, compiled=True)
         if on_host:
             projected = _untraced("report", bound, distances)
-            pairs = zip(arrays, projected, strict=True)
-            distances = [np.sqrt(np.square(_wide(w) - _wide(p)).sum()) for w, p in pairs]
+            distances = list(map(_apart, arrays, projected))
     away = _read("report", bound, distances)
     allowed = allowance(constraint, arrays, tolerance, run) if any(away) else 0.0
     name = bound.path if bound.is_group else None

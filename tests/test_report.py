@@ -1,6 +1,7 @@
 """The table that people read."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +183,13 @@ def test_of_small_leaves_and_of_large_ones(rows, dtype):
         .rows[0]
         .inside
     )
+
+
+def test_what_xla_takes_for_zero_is_not_outside_and_infinity_does_not_warn():
+    w = jnp.array([-1e-40, 0.0])
+    assert oc.report({"w": w}, oc.non_neg()).rows[0].inside
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = oc.report({"w": jnp.array([jnp.inf, -1.0])}, oc.non_neg()).rows
+    assert np.isnan(row.outside)
+    assert not row.inside
