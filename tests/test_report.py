@@ -193,3 +193,16 @@ def test_what_xla_takes_for_zero_is_not_outside_and_infinity_does_not_warn():
         (row,) = oc.report({"w": jnp.array([jnp.inf, -1.0])}, oc.non_neg()).rows
     assert np.isnan(row.outside)
     assert not row.inside
+
+
+def test_an_interval_around_the_norm_at_init():
+    rules = {"w": oc.min_max_norm("0.5x init", "2x init")}
+    w = {"w": jnp.ones((4, 3))}
+    tx = oc.project(rules, stats=True)
+    updates, state = tx.update(w, tx.init(w), w)
+    (own,) = oc.stats(state).values()
+    assert own.at_bound == -1  # not known
+    (row,) = oc.report(optax.apply_updates(w, updates), rules, state=state).rows
+    assert (row.inside, row.at_bound) == (True, None)
+    (row,) = oc.report({"w": 3 * w["w"]}, rules, state=state).rows
+    assert row.outside == pytest.approx(12**0.5)

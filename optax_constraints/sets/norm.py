@@ -216,8 +216,10 @@ class MinMaxNorm(NormSet):
 
     def _reaches(self, norm: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
         high = super()._reaches(norm, dtype)
+        if high is None:
+            return None
         low = value(self.min_value, norm.dtype) * (1 + 2 * _numerics.eps(dtype))
-        return None if high is None else high | (norm <= low)
+        return high | (norm <= low)
 
 
 min_max_norm = MinMaxNorm
