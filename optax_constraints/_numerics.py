@@ -350,7 +350,9 @@ class InTurn:
     def end(self, known: Any) -> None:
         """Says what is known when the leaf that waited last has been summed: the last of these."""
         arrays = [
-            x for x in jax.tree.leaves(known) if isinstance(x, jax.Array) and x.dtype.kind == "f"
+            x
+            for x in jax.tree.leaves(known)
+            if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
         ]
         if arrays and arrays[-1].size:
             self._ends.append((self._last, arrays[-1]))

@@ -272,14 +272,8 @@ def _on_host(arrays: list[Any]) -> bool:
     """Whether norms of these are sooner taken by NumPy than by a program compiled for them."""
     # The squares of floats that are narrower neither overflow nor vanish in float64.
     return all(
-        not isinstance(w, Tracer) and w.size <= _FEW and w.dtype != np.float64 and _is_here(w)
-        for w in arrays
+        _numerics.is_readable(w) and w.size <= _FEW and w.dtype != np.float64 for w in arrays
     )
-
-
-def _is_here(w: Any) -> bool:
-    """Whether this process has all of an array."""
-    return not isinstance(w, jax.Array) or w.is_fully_addressable
 
 
 def _wide(w: Any) -> np.ndarray:
@@ -339,7 +333,7 @@ def _counted(at_bound: Any) -> tuple[int | None, int | None]:
     if isinstance(at_bound, tuple):
         units, count = at_bound
         return int(units), int(count)
-    here = np.asarray(at_bound) if _is_here(at_bound) else at_bound
+    here = np.asarray(at_bound) if _numerics.is_readable(at_bound) else at_bound
     return at_bound.size, int(here.sum())
 
 
