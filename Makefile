@@ -14,13 +14,14 @@ QUICKLY := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fals
 	--xla_cpu_parallel_codegen_split_count=1
 PROMISES := $(call tests,numerics feasible)
 SOLVERS := $(call tests,simplex section order sequence polyhedron matrix transport spectral scaled)
-# What `make test` leaves to `make test-all`, beside slow tests and float16: solvers beside those of
-# others, unusual modes and inputs, training, layers, other optimizers and libraries, processes,
-# pictures and commands.
-LATER := $(SOLVERS) $(call tests,modes hostile faults cones straight_through conformance properties pytrees \
-	stats distributed resume clients training_networks networks train_lm known_answers projected \
-	unit_adam fused_adam kept_params keras keras_parity flax_linen flax_nnx flax_bridge \
-	flax_signatures private plot html cli)
+# What `make test` leaves to `make test-all`, beside slow tests and float16: solvers and families of
+# sets beside those of others, unusual modes and inputs, training, layers, other optimizers and
+# libraries, processes, pictures and commands.
+LATER := $(SOLVERS) $(call tests,around combinators elementwise operator pattern modes hostile faults \
+	cones straight_through conformance properties pytrees stats distributed resume clients \
+	composition training_networks networks train_lm known_answers projected unit_adam fused_adam \
+	kept_params keras keras_parity flax_linen flax_nnx flax_bridge flax_signatures private plot \
+	html cli)
 # What may come out otherwise with other versions of JAX, Optax and Flax; and with older ones.
 VERSIONS := $(call tests,project memory wrappers composition resume private package layout \
 	flax_linen flax_nnx flax_bridge flax_signatures)

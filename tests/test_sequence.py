@@ -69,6 +69,24 @@ def test_one_more_bend_at_the_end_of_a_long_line():
     np.testing.assert_allclose(got, want, atol=5e-6 * np.max(np.abs(w)))
 
 
+def test_long_sequences():
+    walks = np.cumsum(np.random.default_rng(600).normal(size=(4, 600, 64))[3], axis=0)
+    w = float64(jnp.asarray(walks[:, [44, 57, 61]], jnp.float32))
+    got = float64(oc.convex_sequence()(jnp.asarray(w, DTYPE)))
+    middle = np.mean(w, axis=0)
+    want = by_nnls(w - middle, -np.diff(np.eye(600), 2, axis=0), np.zeros(598)) + middle
+    scale = np.max(np.abs(w), axis=0)
+    np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [100, 103])
+def test_what_enters_and_leaves_by_rounding_alone_does_not_do_so_to_the_limit(seed):
+    noise = np.random.default_rng(seed).normal(size=(256, 64))
+    w = jnp.asarray(np.cumsum(np.cumsum(noise, axis=0), axis=0), DTYPE)
+    once = oc.convex_sequence()(w)
+    assert bits(oc.convex_sequence()(once)) == bits(once)
+
+
 @pytest.mark.parametrize("constraint", [oc.convex_sequence(), oc.unimodal(), oc.unimodal(peak=4)])
 def test_units_are_alone(constraint):
     w = jnp.asarray(columns(12), DTYPE)

@@ -1,6 +1,7 @@
 """Least squares with numbers that may not be negative, for all units at once."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +9,35 @@ from jax import lax
 
 from optax_constraints._sharding import vary_like
 
-Solve = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""From which numbers are free to their best values, and to the slope along each of the others."""
+
+class Minimum(NamedTuple):
+    """What a quadratic has where some numbers are free and all others zero."""
+
+    numbers: jax.Array
+    near: jax.Array
+    """How far below zero a number may be, from rounding."""
+    slopes: jax.Array
+    """Along the numbers that are zero."""
+    noise: jax.Array
+    """How far below zero a slope may be."""
+    found: Any = ()
+    """What else came of it."""
+
 
 QUICK = 16
 """How many steps exchange all that is wrong at once."""
 
+PATIENT = 32
+"""After how many steps slopes count for more and more noise, lest rounding goes in circles."""
+
 
 def free_numbers(
-    solve: Solve,
-    start: jax.Array,
-    tolerances: tuple[jax.Array, jax.Array],
+    solve: Callable[[jax.Array], Minimum],
+    start: tuple[jax.Array, jax.Array, Any],
     axis: int,
     limit: int,
     enter: Callable[[jax.Array, jax.Array], jax.Array] = lambda wanted, slope: wanted,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Which numbers are positive in the minimum of a convex quadratic over non-negative numbers.
 
     At first whatever is negative leaves and what would lower the function enters, all at once,
@@ -33,35 +48,33 @@ def free_numbers(
     negative, and that one leaves. No step raises the function then, and so there is an end.
 
     Args:
-        solve: The minimum, if some numbers are free and all others zero, and the slopes.
-        start: Which are free at first.
-        tolerances: How far below zero a number and a slope may be, from rounding.
+        solve: From which numbers are free to the minimum.
+        start: The numbers at first, which are free, and anything like what else comes of a minimum.
         axis: The axis of the numbers of one unit.
         limit: How many steps there are at most.
         enter: Which of those that would lower the function enter.
 
     Returns:
-        Their values, and which are free.
+        The numbers, which are free, and what else came of the last minimum.
     """
-    of_number, of_slope = tolerances
 
     def step(state):
-        i, numbers, free, _ = state
-        new, slope = solve(free)
-        negative = free & (new < -of_number)
-        wanted = ~free & (slope < -of_slope)
+        i, (numbers, free, _), _ = state
+        new, near, slopes, noise, found = solve(free)
+        noise = noise * jnp.square(jnp.maximum(i / PATIENT, 1)).astype(noise.dtype)
+        negative = free & (new < -near)
+        wanted = ~free & (slopes < -noise)
         way = jnp.where(negative, numbers - new, 1)
         share = jnp.where(negative, numbers / way, 2)
         least = jnp.min(share, axis=axis, keepdims=True)
         careful = (i >= QUICK) & (least < 2)
         leaving = negative & (~careful | (share <= least))
-        entering = enter(wanted, slope) & ~careful
+        entering = enter(wanted, slopes) & ~careful
         numbers = jnp.where(careful, numbers + least * (new - numbers), new)
         free = (free & ~leaving) | entering
         # As a number: XLA's CPU backend compiles `any` of a matrix slowly.
         wrong = jnp.max((negative | wanted).astype(new.dtype))
-        return i + 1, jnp.where(free, jnp.maximum(numbers, 0), 0), free, wrong
+        return i + 1, (jnp.where(free, jnp.maximum(numbers, 0), 0), free, found), wrong
 
-    numbers = jnp.zeros_like(of_number + of_slope) * jnp.ones_like(start, of_number.dtype)
-    first = 0, numbers, start, vary_like(jnp.ones((), numbers.dtype), start)
-    return lax.while_loop(lambda s: (s[0] < limit) & (s[3] > 0), step, first)[1:3]
+    first = 0, start, vary_like(jnp.ones((), start[0].dtype), start[1])
+    return lax.while_loop(lambda s: (s[0] < limit) & (s[2] > 0), step, first)[1]

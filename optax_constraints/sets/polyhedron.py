@@ -17,7 +17,7 @@ from optax_constraints._gauge import Gauge
 from optax_constraints._numerics import is_readable
 from optax_constraints._sharding import automatic, vary_like
 from optax_constraints._text import describe, shown
-from optax_constraints.sets._active_set import free_numbers
+from optax_constraints.sets._active_set import Minimum, free_numbers
 from optax_constraints.sets._common import UnitSet
 from optax_constraints.sets.isotonic import are_finite
 
@@ -326,12 +326,13 @@ def _active(
         multipliers, active = state
         target = excess + added * multipliers
 
-        def best(active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def best(active: jax.Array) -> Minimum:
             found = _solver(gram, active)(target)
-            slope = _times(found, gram) - target
-            return found, jnp.where(among, slope, 0)
+            slopes = jnp.where(among, _times(found, gram) - target, 0)
+            return Minimum(found, rounding, slopes, rounding)
 
-        return free_numbers(best, active, (rounding, rounding), 1, limit), None
+        start = vary_like(jnp.zeros_like(excess), w), active, ()
+        return free_numbers(best, start, 1, limit)[:2], None
 
     start = vary_like((jnp.zeros_like(excess), jnp.zeros_like(among)), w)
     return lax.scan(round_, start, None, length=3)[0][1]
