@@ -190,6 +190,14 @@ def test_a_lattice_does_not_depend_on_those_beside_it():
     assert Monotone((0, 1)).on_bound(both).tolist() == [[[False, True]]]
 
 
+def test_axes_of_one_size_are_compiled_once():
+    def sorts(*shape: int) -> int:
+        program = str(jax.make_jaxpr(Monotone(None))(jnp.ones(shape, DTYPE)))
+        return program.count("reduce_min") + program.count("min ")
+
+    assert 0 < sorts(3, 3) == sorts(3, 3, 3, 3) < sorts(3, 4, 3, 4) == sorts(4, 3)
+
+
 def test_monotone_takes_a_bool():
     with pytest.raises(TypeError, match=r"increasing='down' is not a bool"):
         Monotone(increasing="down")

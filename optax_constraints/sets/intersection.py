@@ -191,8 +191,8 @@ class _Rounds(NamedTuple):
     number: jax.Array
 
 
-# How many rounds go without momentum, which would only disturb where few are enough.
-_PLAIN_ROUNDS = 10
+PLAIN_ROUNDS = 10
+"""How many rounds go without momentum, which would only disturb where few are enough."""
 
 
 def _advance(constraint: Constraint, own: Any) -> Callable[[jax.Array], jax.Array]:
@@ -233,7 +233,7 @@ def dykstra(
         total = sum(taken) * unit
         dual += jnp.sum((w * unit - total / 2) * total, axis=axes, keepdims=True)
         # Where it is NaN, too, there is no momentum.
-        rises = (dual >= last.dual) & (last.number >= _PLAIN_ROUNDS)
+        rises = (dual >= last.dual) & (last.number >= PLAIN_ROUNDS)
         pace = jnp.where(rises, pace, 1)
         return _Rounds(x, tuple(taken), last.taken, pace, dual, changed, last.number + 1)
 

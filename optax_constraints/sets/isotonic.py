@@ -24,22 +24,29 @@ def isotonic(w: jax.Array, axis: int, runs: jax.Array | None = None) -> jax.Arra
     the same for each.
     """
     moved = jnp.moveaxis(w, axis, 0)
-    n = len(moved)
-    x = moved.reshape(n, -1)
+    x = moved.reshape(len(moved), -1)
     finite = are_finite(x)
+    if runs is not None:
+        runs = jnp.moveaxis(runs, axis, 0).reshape(len(moved), -1)
+    sorted_ = jnp.where(finite, sorted_columns(jnp.where(finite, x, 0), runs), jnp.nan)
+    return jnp.moveaxis(sorted_.reshape(moved.shape), 0, axis)
+
+
+def sorted_columns(x: jax.Array, runs: jax.Array | None) -> jax.Array:
+    """As `isotonic`, for the columns of a matrix without infinities and NaNs."""
+    n = len(x)
     # Infinity at the end is in order whatever comes before.
     size = min(8, 1 << (n - 1).bit_length())
-    x = _fill(jnp.where(finite, x, 0), size, jnp.inf)
+    x = _fill(x, size, jnp.inf)
     if runs is not None:
-        runs = _fill(jnp.moveaxis(runs, axis, 0).reshape(n, -1), size, -1)
+        runs = _fill(runs, size, -1)
     half = 1
     while half < size:
         x = _merge_few(x, runs, half)
         half *= 2
     if n > size:
         x = _merge_many(x, runs)
-    sorted_ = jnp.where(finite, x[:n], jnp.nan)
-    return jnp.moveaxis(sorted_.reshape(moved.shape), 0, axis)
+    return x[:n]
 
 
 def are_finite(x: jax.Array) -> jax.Array:

@@ -18,9 +18,8 @@ from optax_constraints._text import shown
 from optax_constraints.sets._common import (
     UnitSet,
 )
-from optax_constraints.sets.intersection import Intersection
 from optax_constraints.sets.isotonic import isotonic
-from optax_constraints.sets.lattice import ROUNDS, along_lattice, onto_lattice
+from optax_constraints.sets.lattice import along_lattice, onto_lattice
 
 
 @builtin
@@ -96,7 +95,7 @@ class Monotone(UnitSet):
         if len(axes) == 1:
             target = automatic(lambda w: isotonic(w, axes[0]), sign * wide)
         else:
-            target = automatic(lambda w: onto_lattice(_lines(len(axes)), w, axes), sign * wide)
+            target = automatic(lambda w: onto_lattice(w, axes), sign * wide)
         return (sign * target).astype(w.dtype)
 
     def _along(self, w: jax.Array, v: jax.Array, memory: Any, slack: jax.Array) -> jax.Array:
@@ -113,7 +112,7 @@ class Monotone(UnitSet):
             largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
             if many:
                 slack = rounding * largest + slack
-                return along_lattice(_lines(len(axes)), w, v, slack, axes)
+                return along_lattice(w, v, slack, axes)
             axis = axes[0]
             apart = jnp.diff(w, axis=axis) > rounding * largest + slack
             runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
@@ -153,8 +152,3 @@ class Monotone(UnitSet):
 
 
 monotone = Monotone
-
-
-def _lines(rank: int) -> Intersection:
-    """What is sorted along each axis of a lattice."""
-    return Intersection(*map(Monotone, range(rank)), iterations=ROUNDS)
