@@ -262,6 +262,16 @@ def test_a_staggered_leaf_is_projected_once_in_k_steps():
     assert turns == {frozenset("a"), frozenset("bef"), frozenset("cd")}
 
 
+def test_factorisations_are_most_of_the_work():
+    # 64 x 64 count for 74,000 entries. If they were much more, or much less, turns would differ.
+    sizes = {"a": (80_000,), "b": (75_000,), "c": (64, 64), "d": (70_000,), "e": (600,)}
+    rules = {"c": oc.orthogonal(), "e": oc.max_norm(1.0), "*": oc.box(-1.0, 1.0)}
+    params = {name: jnp.full(shape, 2.0) for name, shape in sizes.items()}
+    tx = oc.project(rules, every=2, stagger=True)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert {name for name, update in updates.items() if jnp.any(update)} == set("bce")
+
+
 def test_staggered_steps_go_on_from_a_saved_state():
     (_, want), (_, got) = staggered(6), staggered(6, save=4)
     assert got == want

@@ -127,3 +127,10 @@ def test_absent_leaves_pass():
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["a"], 0, atol=1e-6)
     assert bits(updates["b"]) == bits(params["b"])
+
+
+def test_a_rule_without_a_leaf_is_an_error():
+    rules, params = {"w": oc.unit_norm(), "gamma": oc.unit_norm()}, {"w": jnp.ones((4, 2))}
+    with pytest.raises(ValueError, match="The rule 'gamma' matches no leaf"):
+        oc.tangent(rules).init(params)
+    oc.tangent(rules, strict=False).init(params)
