@@ -311,8 +311,8 @@ def _times(x: jax.Array, one: jax.Array) -> jax.Array:
     return x * one.astype(x.dtype)
 
 
-AT_ONCE = 2**20
-"""So many entries may be kept of several leaves at once: 4 MB in float32."""
+AT_ONCE = 2**22
+"""So many entries may be kept of several leaves at once: 16 MB in float32."""
 
 
 class InTurn:
