@@ -87,6 +87,49 @@ def test_what_enters_and_leaves_by_rounding_alone_does_not_do_so_to_the_limit(se
     assert bits(oc.convex_sequence()(once)) == bits(once)
 
 
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_knots_at_very_different_distances(ratio):
+    n, rng = 6, np.random.default_rng(53)
+    for _ in range(8):
+        near = rng.random(n - 1) < 0.5
+        gaps = np.where(near, 1 / ratio, 1) * rng.uniform(0.5, 1, n - 1)
+        knots = np.concatenate([[0], np.cumsum(gaps)])
+        knots = np.asarray(knots - knots[np.argmin(gaps)], np.float32)  # exact where they are near
+        gaps = np.diff(float64(knots))
+        noise = rng.normal(size=(n, 8))
+        w = float64(jnp.asarray(np.concatenate([noise, knots[:, None] + 1e-6 * noise], 1), DTYPE))
+        project = oc.convex_sequence(knots=knots)
+        got = project(jnp.asarray(w, DTYPE))
+        assert bits(project(got)) == bits(got)
+        bends = np.diff(np.diff(np.eye(n), axis=0) / gaps[:, None], axis=0)
+        bends *= 1 / (1 / gaps[1:] + 1 / gaps[:-1])[:, None]  # rows near 1
+        want = by_nnls(w, -bends, np.zeros(n - 2))
+        scale = np.max(np.abs(w), axis=0)
+        np.testing.assert_allclose(float64(got) / scale, want / scale, atol=5e-6)
+
+
+def test_second_derivatives():
+    w = jnp.asarray([0.0, 4.0, 2.0, 8.0], DTYPE)  # the first three are on a line
+    line = np.array([[5.0, 2, -1], [2, 2, 2], [-1, 2, 5]]) / 6
+    rows = np.zeros((4, 4))
+    rows[:3, :3], rows[3, 3] = line, 1
+    fit = rows @ float64(w)
+    hessian = jax.hessian(lambda w: jnp.sum(oc.convex_sequence()(w) ** 3))(w)
+    np.testing.assert_allclose(hessian, rows @ np.diag(6 * fit) @ rows, atol=1e-4)
+
+
+def test_large_weights_in_long_sequences():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(600, 2)) * [1e30, 1.0], DTYPE)
+    got = oc.convex_sequence()(w)
+    np.testing.assert_allclose(got[:, 0] / 1e30, oc.convex_sequence()(w / 1e30)[:, 0], rtol=1e-4)
+    assert np.all(np.isfinite(got))
+
+
+def test_ranks_are_never_promoted():
+    with jax.numpy_rank_promotion("raise"):  # a size that nothing else has compiled
+        np.testing.assert_allclose(oc.convex_sequence()(jnp.arange(9.0) ** 2), np.arange(9) ** 2)
+
+
 @pytest.mark.parametrize("constraint", [oc.convex_sequence(), oc.unimodal(), oc.unimodal(peak=4)])
 def test_units_are_alone(constraint):
     w = jnp.asarray(columns(12), DTYPE)

@@ -1,7 +1,7 @@
 """Least squares with numbers that may not be negative, for all units at once."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ class Minimum(NamedTuple):
     """Along the numbers that are zero."""
     noise: jax.Array
     """How far below zero a slope may be."""
-    found: Any = ()
-    """What else came of it."""
 
 
 QUICK = 16
@@ -33,11 +31,11 @@ PATIENT = 32
 
 def free_numbers(
     solve: Callable[[jax.Array], Minimum],
-    start: tuple[jax.Array, jax.Array, Any],
+    start: tuple[jax.Array, jax.Array],
     axis: int,
     limit: int,
     enter: Callable[[jax.Array, jax.Array], jax.Array] = lambda wanted, slope: wanted,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Which numbers are positive in the minimum of a convex quadratic over non-negative numbers.
 
     At first whatever is negative leaves and what would lower the function enters, all at once,
@@ -49,18 +47,18 @@ def free_numbers(
 
     Args:
         solve: From which numbers are free to the minimum.
-        start: The numbers at first, which are free, and anything like what else comes of a minimum.
+        start: The numbers at first, and which are free.
         axis: The axis of the numbers of one unit.
         limit: How many steps there are at most.
         enter: Which of those that would lower the function enter.
 
     Returns:
-        The numbers, which are free, and what else came of the last minimum.
+        The numbers, and which are free.
     """
 
     def step(state):
-        i, (numbers, free, _), _ = state
-        new, near, slopes, noise, found = solve(free)
+        i, (numbers, free), _ = state
+        new, near, slopes, noise = solve(free)
         noise = noise * jnp.square(jnp.maximum(i / PATIENT, 1)).astype(noise.dtype)
         negative = free & (new < -near)
         wanted = ~free & (slopes < -noise)
@@ -74,7 +72,7 @@ def free_numbers(
         free = (free & ~leaving) | entering
         # As a number: XLA's CPU backend compiles `any` of a matrix slowly.
         wrong = jnp.max((negative | wanted).astype(new.dtype))
-        return i + 1, (jnp.where(free, jnp.maximum(numbers, 0), 0), free, found), wrong
+        return i + 1, (jnp.where(free, jnp.maximum(numbers, 0), 0), free), wrong
 
     first = 0, start, vary_like(jnp.ones((), start[0].dtype), start[1])
     return lax.while_loop(lambda s: (s[0] < limit) & (s[2] > 0), step, first)[1]

@@ -331,8 +331,8 @@ def _active(
             slopes = jnp.where(among, _times(found, gram) - target, 0)
             return Minimum(found, rounding, slopes, rounding)
 
-        start = vary_like(jnp.zeros_like(excess), w), active, ()
-        return free_numbers(best, start, 1, limit)[:2], None
+        start = vary_like(jnp.zeros_like(excess), w), active
+        return free_numbers(best, start, 1, limit), None
 
     start = vary_like((jnp.zeros_like(excess), jnp.zeros_like(among)), w)
     return lax.scan(round_, start, None, length=3)[0][1]
