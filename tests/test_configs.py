@@ -271,7 +271,7 @@ def test_every_set_is_strict_json(case):
     (loaded,) = oc.deserialize(json.loads(config)).values()
     assert type(loaded) is type(case.constraint)
     w = jnp.asarray(np.random.default_rng(0).normal(size=case.shape), jnp.float32)
-    np.testing.assert_array_equal(loaded(w), case.constraint(w))
+    np.testing.assert_array_equal(jax.jit(loaded)(w), jax.jit(case.constraint)(w))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

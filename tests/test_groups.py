@@ -504,6 +504,7 @@ def test_what_is_allowed_comes_back_bit_for_bit():
         assert [*map(bits, jax.tree.leaves(again))] == [*map(bits, jax.tree.leaves(once))], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [7, 0.1])
 def test_there_are_never_more_than_k_nonzeros_in_training(k):
     params = {"a": leaf(9, 5), "b": leaf(31), "c": {"d": leaf(2, 3, 4)}}
@@ -1086,13 +1087,14 @@ def grouped(params: Any) -> list[tuple[Any, Any]]:
     return [(oc.constrain(params, r), moved(oc.project(r), params, zeros)) for r in GROUPED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("jax_numpy_rank_promotion", "raise"),
         ("jax_numpy_dtype_promotion", "strict"),
         ("jax_debug_nans", True),
-        pytest.param("jax_disable_jit", True, marks=pytest.mark.slow),
+        ("jax_disable_jit", True),
     ],
 )
 def test_groups_under_strict_settings_of_jax(option, value):

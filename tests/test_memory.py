@@ -319,6 +319,7 @@ def half_zero(w: jax.Array) -> jax.Array:
     return w.at[: len(w) // 2].set(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constraint", ENTRIES, ids=str)
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
 def test_what_entries_were_is_kept_for_the_whole_training(constraint, wrap):

@@ -412,6 +412,7 @@ def train(
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_stays_in_the_sets(name):
     case = CASES[name]()
