@@ -49,6 +49,13 @@ def sorted_columns(x: jax.Array, runs: jax.Array | None) -> jax.Array:
     return x[:n]
 
 
+def runs_of(w: jax.Array, axis: int, near: jax.Array) -> jax.Array:
+    """Which run of sorted neighbours that are equal, but for so much, each entry is in."""
+    first = lax.slice_in_dim(w, 0, 1, axis=axis)
+    apart = jnp.diff(w, axis=axis, prepend=first) > near
+    return jnp.cumsum(apart.astype(jnp.int32), axis=axis)
+
+
 def are_finite(x: jax.Array) -> jax.Array:
     """Which columns have neither an infinity nor a NaN."""
     x = lax.stop_gradient(x)

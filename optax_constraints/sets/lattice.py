@@ -11,7 +11,7 @@ from jax import lax
 from optax_constraints import _numerics
 from optax_constraints._sharding import vary_like
 from optax_constraints.sets.intersection import PLAIN_ROUNDS
-from optax_constraints.sets.isotonic import sorted_columns
+from optax_constraints.sets.isotonic import runs_of, sorted_columns
 
 ROUNDS = 1000
 """How many rounds there are at most."""
@@ -205,9 +205,7 @@ def _nearest_jvp(primals, tangents):
 @jax.custom_jvp
 def _nearest_direction(w: jax.Array, v: jax.Array, slack: jax.Array) -> jax.Array:
     def turn(arrays: list[jax.Array], rest: Any, own: Any) -> tuple[Any, Any, Any]:
-        (w,) = arrays
-        apart = jnp.diff(w, axis=0, prepend=w[:1]) > slack
-        return arrays, rest, jnp.cumsum(apart.astype(jnp.int32), axis=0)
+        return arrays, rest, runs_of(arrays[0], 0, slack)
 
     return _by_rounds(v, _axis_by_axis(turn, [w], None, [None] * len(_alike(w.shape)))[2])
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from optax_constraints import _numerics
@@ -18,7 +17,7 @@ from optax_constraints._text import shown
 from optax_constraints.sets._common import (
     UnitSet,
 )
-from optax_constraints.sets.isotonic import isotonic
+from optax_constraints.sets.isotonic import isotonic, runs_of
 from optax_constraints.sets.lattice import along_lattice, onto_lattice
 
 
@@ -114,12 +113,7 @@ class Monotone(UnitSet):
                 slack = rounding * largest + slack
                 return along_lattice(w, v, slack, axes)
             axis = axes[0]
-            apart = jnp.diff(w, axis=axis) > rounding * largest + slack
-            runs = jnp.cumsum(apart.astype(jnp.int32), axis=axis)
-            runs = jnp.concatenate(
-                [jnp.zeros_like(lax.slice_in_dim(w, 0, 1, axis=axis), jnp.int32), runs], axis=axis
-            )
-            return isotonic(v, axis, runs)
+            return isotonic(v, axis, runs_of(w, axis, rounding * largest + slack))
 
         return sign * automatic(along, sign * w.astype(v.dtype), sign * v, slack)
 
